@@ -1,0 +1,94 @@
+"""Telling the decoder what its input is made of: LLaVA's own input preparation, observed on the instance.
+
+`prepare_inputs_labels_for_multimodal` says nothing of where the vision tokens go. Labels that number the text tokens
+come back with IGNORE_INDEX at vision tokens and with each text token's number at its new place: one call, right for
+any number of images, any resolution, truncation and both padding sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layout import IGNORE_INDEX, TokenLayout
+from .merger import TokenMerger
+from .state import PruneState
+
+IMAGE_TOKEN_INDEX = -200  # LLaVA's placeholder id of one image in input_ids
+
+
+def announcing_prepare(
+    original: Callable, model: nn.Module, state: PruneState, merger: TokenMerger | None
+) -> Callable:
+    """The bound `prepare_inputs_labels_for_multimodal` that also fills `state.announced`.
+
+    Args:
+        original: the method before binding.
+        model: the LLaVA model, for its embeddings.
+        state: receives the layout, and the merger's question vectors.
+        merger: the token merger, or None.
+    """
+
+    def prepare(
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None,
+        images: Any,
+        image_sizes: Any = None,
+    ) -> tuple:
+        numbers = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        given = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
+        if merger is not None and images is not None and state.mode != "origin":
+            state.merger_questions = _question_vectors(model, input_ids, given.bool(), labels, images)
+        ids, positions, mask, cache, embeds, numbered = original(
+            input_ids, position_ids, given, past_key_values, numbers, images, image_sizes
+        )
+        if embeds is None:  # no image, or a decode step
+            state.announced = None
+            return ids, positions, attention_mask, cache, None, labels
+        valid = mask.bool()
+        vision = valid & (numbered == IGNORE_INDEX)
+        if labels is not None:
+            labels = labels.gather(1, numbered.clamp(min=0)).masked_fill(numbered == IGNORE_INDEX, IGNORE_INDEX)
+        num_images = ((input_ids == IMAGE_TOKEN_INDEX) & given.bool()).sum(-1)
+        state.announced = TokenLayout.build(valid, vision, num_images, labels)
+        return ids, positions, None if attention_mask is None else mask, cache, embeds, labels
+
+    return prepare
+
+
+def _question_vectors(
+    model: nn.Module, input_ids: Tensor, valid: Tensor, labels: Tensor | None, images: Any
+) -> Tensor:
+    """(crops, D) mean embedding of the question that each image crop belongs to, before the image is inserted."""
+    is_image = (input_ids == IMAGE_TOKEN_INDEX) & valid
+    question = valid & ~is_image & (is_image.cumsum(-1) > 0)
+    if labels is not None:
+        question = question & ((question & (labels != IGNORE_INDEX)).cumsum(-1) == 0)
+    embeddings = model.get_model().embed_tokens(input_ids.clamp(min=0))
+    weights = question.to(embeddings.dtype)[..., None]
+    mean = (embeddings * weights).sum(1) / weights.sum(1).clamp(min=1)
+    # LLaVA takes one image for a sample without any, to keep the batch in step
+    per_image = mean.repeat_interleave(is_image.sum(-1).clamp(min=1), 0)
+    if isinstance(images, list) or images.ndim == 5:
+        crops = torch.tensor([1 if x.ndim == 3 else x.shape[0] for x in images], device=mean.device)
+        return per_image.repeat_interleave(crops, 0)
+    return per_image
+
+
+def merging_hook(state: PruneState, merger: TokenMerger) -> Callable:
+    """A forward pre-hook for the projector that merges its input in every mode but origin."""
+
+    def merge(_projector: nn.Module, args: tuple) -> tuple | None:
+        questions = state.merger_questions
+        state.merger_questions = None
+        if questions is None:
+            return None
+        return (merger(args[0], questions.to(args[0].device)), *args[1:])
+
+    return merge

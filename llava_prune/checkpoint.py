@@ -1,0 +1,208 @@
+"""Pruner-only checkpoints: `pruners.safetensors` and `prune_config.json`, for one base model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import compat
+from .config import PruneConfig
+from .patch import PruneHandle, attach_pruners, find_handle, require_handle, set_mode
+
+WEIGHTS = "pruners.safetensors"
+CONFIG = "prune_config.json"
+FORMAT_VERSION = 1
+
+
+def base_identity(model: nn.Module) -> dict[str, Any]:
+    """What pruners must match to fit a model: name, decoder width and depth."""
+    decoder = compat.find_decoder(model)
+    # the decoder's config is the whole model's for LLaVA, a nested one for Hugging Face classes
+    name = getattr(model.config, "llava_prune_base", None) or getattr(model.config, "_name_or_path", "")
+    parts = [part for part in str(name).replace("\\", "/").split("/") if part]
+    if parts and re.fullmatch(r"checkpoint-\d+", parts[-1]) and len(parts) > 1:
+        parts.pop()
+    return {
+        "name": parts[-1] if parts else "",
+        "hidden_size": decoder.config.hidden_size,
+        "num_layers": len(decoder.layers),
+    }
+
+
+def _comparable(name: str) -> str:
+    """`liuhaotian/llava-v1.5-7b` and `llava-hf/llava-1.5-7b-hf` are one base."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()).removesuffix("hf").replace("llavav", "llava")
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Full parameters under ZeRO-3, on every rank; without ZeRO-3 nothing happens."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        context = deepspeed.zero.GatheredParameters(parameters)
+    else:
+        context = nullcontext()
+    with context:
+        yield
+
+
+def pruner_state_dict(handle: PruneHandle) -> dict[str, Tensor]:
+    """Full pruner weights on the CPU; under ZeRO-3 every rank must call this."""
+    with gathered(list(handle.pruners.parameters())):
+        return {name: value.detach().cpu().clone().contiguous() for name, value in handle.pruners.state_dict().items()}
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(temporary_path)`, flush it to disk, then rename over `path`: a kill leaves the old file or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) -> None:
+    """Save the pruners of `model` as `pruners.safetensors` and `prune_config.json`.
+
+    Args:
+        model: a model with pruners attached.
+        directory: made if it does not exist.
+        write: False on ranks that only take part in gathering ZeRO-3 parameters.
+
+    Raises:
+        ValueError: no pruners attached.
+    """
+    from safetensors.torch import save_file
+
+    handle = require_handle(model)
+    weights = pruner_state_dict(handle)
+    if not write:
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "base_model": base_identity(model),
+        "vision_tokens": handle.vision_tokens,
+        "prune_config": handle.config.to_dict(),
+    }
+    metadata = {"format": "pt", "format_version": str(FORMAT_VERSION)}
+    write_atomically(directory / WEIGHTS, lambda path: save_file(weights, path, metadata=metadata))
+    write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
+
+
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """`prune_config.json` of a checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: missing or damaged, with what to do.
+    """
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG} in {directory}: give the output directory of a finished pruner training")
+    try:
+        description = json.loads(path.read_text())
+        description["prune_config"], description["base_model"]  # noqa: B018 - both must be there
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again from where it was trained") from error
+    return description
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """`pruners.safetensors` of a checkpoint; errors as `read_description`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(directory) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {WEIGHTS} in {directory}: give the output directory of a finished pruner training"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or damaged ({error}): copy it again from where it was trained, or train again"
+        ) from error
+
+
+def check_base(description: dict[str, Any], model: nn.Module, allow_other_base: bool) -> None:
+    """Raises ValueError when pruners were trained on another base model than `model`."""
+    trained, here = description["base_model"], base_identity(model)
+    for key, what in (("hidden_size", "hidden size"), ("num_layers", "decoder layers")):
+        if trained[key] != here[key]:
+            raise ValueError(
+                f"these pruners were trained on {trained['name'] or 'a model'} with {what} {trained[key]}, this model "
+                f"has {here[key]}: load the base model they were trained on, or train pruners for this one"
+            )
+    names = _comparable(trained["name"]), _comparable(here["name"])
+    if all(names) and names[0] != names[1] and not allow_other_base:
+        raise ValueError(
+            f"these pruners were trained on {trained['name']!r}, this model is {here['name']!r}: pruners fit only the "
+            "weights they were trained on. If it is the same model under another name, pass allow_other_base=True "
+            "(--allow_other_base)"
+        )
+
+
+def load_pruners(
+    model: nn.Module, directory: str | Path, mode: str = "hard", allow_other_base: bool = False
+) -> PruneHandle:
+    """Load pruners onto `model`, attaching them if needed, and set the mode. Every weight must match.
+
+    Args:
+        model: the base model that the pruners were trained on.
+        directory: holds `pruners.safetensors` and `prune_config.json`.
+        mode: `origin`, `soft`, `masked` or `hard`.
+        allow_other_base: accept a base model of the same shape under another name.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, the base model differs, weights do not match, or pruners of another
+            configuration are attached. The model is left as it was.
+    """
+    description = read_description(directory)
+    weights = read_weights(directory)
+    check_base(description, model, allow_other_base)
+    config = PruneConfig.from_dict(description["prune_config"])
+    handle = find_handle(model)
+    attached_here = handle is None
+    if attached_here:
+        handle = attach_pruners(model, config)
+    elif handle.config != config:
+        raise ValueError(
+            f"the attached pruners have another configuration than {directory}: call detach_pruners(model) first"
+        )
+    try:
+        _copy_weights(handle.pruners, weights, directory)
+    except ValueError:
+        if attached_here:
+            handle.remove()
+        raise
+    set_mode(model, mode)
+    return handle
+
+
+def _copy_weights(pruners: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:
+    parameters = list(pruners.parameters())
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in parameters)
+    with gathered(parameters), torch.no_grad():
+        own = pruners.state_dict()
+        missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        mismatched = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+        if missing or unexpected or mismatched:
+            raise ValueError(
+                f"{Path(directory) / WEIGHTS} does not fit its {CONFIG}: missing {missing}, unexpected {unexpected}, "
+                f"of another shape {mismatched}; the two files must come from one training run"
+            )
+        if partitioned:
+            raise ValueError("load pruners before deepspeed.initialize: under ZeRO-3 the weights are already split")
+        pruners.load_state_dict(weights)

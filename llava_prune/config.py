@@ -1,0 +1,255 @@
+"""The one description of a pruning run: what is pruned, how it is trained, where it stops.
+
+A `PruneConfig` is read from YAML, JSON or a preset name, every field is also a command line flag
+(`--prune_<field>`), and it travels with the trained weights as `prune_config.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st")
+ALIGNMENTS = ("gan", "mse", "mean_var", "kl", "none")
+GAN_LOSSES = ("non_saturating", "hinge")
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Settings of the pruners, the discriminator, the losses and the schedules.
+
+    Raises:
+        ValueError: a value is out of range, or not exactly one of `target_token_num` and `target_sparsity` is set.
+    """
+
+    # what is pruned
+    pruning_layers: tuple[int, ...] = _field(
+        (6, 12, 18), "0-based decoder layers; the hidden states that enter one of them are pruned first"
+    )
+    target_token_num: float | None = _field(
+        None, "average vision tokens per decoder layer and image; set this or target_sparsity"
+    )
+    target_sparsity: float | None = _field(
+        None, "1 - average tokens / vision tokens, in (0, 1); set this or target_token_num"
+    )
+    threshold: float = _field(0.5, "keep probability above which a token is kept in masked and hard mode")
+    min_keep: int = _field(1, "vision tokens that every pruning layer keeps at least, per sample")
+    max_keep: int | None = _field(None, "vision tokens that a pruning layer keeps at most, per sample")
+
+    # pruners
+    pruner_dim: int = _field(512, "width of a pruner")
+    pruner_heads: int = _field(8, "attention heads of a pruner")
+    init_keep_logit: float = _field(4.0, "keep logit at the start; 4 keeps 98 % of the tokens at each layer")
+    use_attn_residual: bool = _field(False, "add the layer's own question-to-vision attention to the keep logit")
+    attn_residual_weight: float = _field(1.0, "weight of the attention residual (its start, if learnable)")
+    learn_attn_residual: bool = _field(True, "learn the weight of the attention residual")
+
+    # token merger
+    enable_token_merger: bool = _field(False, "merge the vision features into merger_tokens before the projector")
+    merger_tokens: int = _field(144, "tokens per image after the merger")
+    merger_heads: int = _field(8, "attention heads of the merger")
+
+    # mask estimator
+    estimator: str = _field("gumbel_soft", f"gradient estimator of the mask: {', '.join(ESTIMATORS)}")
+    temperature_start: float = _field(0.99, "Gumbel-Softmax temperature at the start")
+    temperature_end: float = _field(0.4, "Gumbel-Softmax temperature at the end")
+    temperature_anneal_ratio: float = _field(0.8, "share of training over which the temperature falls")
+    final_masked_ratio: float = _field(0.2, "last share of training that runs on binary masks without noise")
+    target_warmup_ratio: float = _field(0.5, "share of training over which the target eases in from 100 %")
+
+    # alignment with the unpruned model
+    alignment: str = _field("gan", f"how pruned text hidden states follow the unpruned: {', '.join(ALIGNMENTS)}")
+    gan_loss: str = _field("non_saturating", f"adversarial loss: {', '.join(GAN_LOSSES)}")
+    disc_layers: tuple[int, ...] = _field((-2, -5, -8), "decoder layers whose outputs the discriminator reads")
+    disc_dim: int = _field(256, "width of the discriminator")
+    spectral_norm: bool = _field(False, "spectral normalisation of the discriminator")
+    pool_start_weight: float = _field(0.3, "pooling weight of the first text token")
+    pool_end_weight: float = _field(1.0, "pooling weight of the last text token")
+    noise_scale_start: float = _field(0.05, "noise on the first text token, relative to its RMS")
+    noise_scale_end: float = _field(0.01, "noise on the last text token, relative to its RMS")
+    disc_max_accuracy: float = _field(0.9, "the discriminator rests while its accuracy is above this")
+
+    # losses
+    task_weight_start: float = _field(10.0, "weight of the answer's cross-entropy at the start")
+    task_weight_end: float = _field(10.0, "weight of the answer's cross-entropy after the warm-up")
+    adversarial_weight_start: float = _field(1.0, "weight of the alignment term at the start")
+    adversarial_weight_end: float = _field(10.0, "weight of the alignment term after the warm-up")
+    loss_weight_warmup_ratio: float = _field(0.3, "share of training over which the two weights move, by cosine")
+    sparsity_weight: float = _field(100.0, "weight of (kept fraction - target)^2, over the batch")
+    sparsity_only_on_excess: bool = _field(False, "do not punish keeping less than the target")
+    token_count_weight: float = _field(0.0, "weight of |average tokens - target| / vision tokens, per sample")
+    binarization_weight: float = _field(1.0, "weight of 4 m (1 - m), which pushes masks to 0 or 1")
+
+    # optimisation
+    pruner_lr: float = _field(1e-4, "learning rate of pruners and merger")
+    pruner_weight_decay: float = _field(0.0, "weight decay of pruners and merger")
+    disc_lr: float = _field(1e-4, "learning rate of the discriminator")
+    train_base: bool = _field(False, "train the language model and projector too (LoRA trains its own either way)")
+    guard_task_loss: float = _field(8.0, "stop when the averaged task loss exceeds this")
+    guard_keep_ratio: float = _field(0.25, "stop when average tokens fall below this share of the target")
+
+    def __post_init__(self) -> None:
+        for name in ("pruning_layers", "disc_layers"):
+            try:
+                value = tuple(int(layer) for layer in getattr(self, name))
+            except TypeError:
+                raise ValueError(f"{name} must be a list of layer numbers, got {getattr(self, name)!r}") from None
+            object.__setattr__(self, name, value)
+        layers = self.pruning_layers
+        if not layers:
+            raise ValueError("pruning_layers is empty: name at least one decoder layer, e.g. [6, 12, 18]")
+        if list(layers) != sorted(set(layers)):
+            raise ValueError(
+                f"pruning_layers {list(layers)} must be in ascending order without repeats: {sorted(set(layers))}"
+            )
+        if layers[0] < 1:
+            raise ValueError(
+                f"pruning_layers {list(layers)}: the first must be at least 1, since layer 0 keeps the full "
+                "key-value cache that positions and masks are counted from"
+            )
+        if (self.target_token_num is None) == (self.target_sparsity is None):
+            state = "neither is" if self.target_token_num is None else "both are"
+            raise ValueError(f"set exactly one of target_token_num and target_sparsity ({state} set)")
+        if self.target_token_num is not None and self.target_token_num <= 0:
+            raise ValueError(f"target_token_num must be positive, got {self.target_token_num}")
+        if self.target_sparsity is not None and not 0 < self.target_sparsity < 1:
+            raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")
+        for name, allowed in (("estimator", ESTIMATORS), ("alignment", ALIGNMENTS), ("gan_loss", GAN_LOSSES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in (
+            "temperature_anneal_ratio",
+            "final_masked_ratio",
+            "target_warmup_ratio",
+            "loss_weight_warmup_ratio",
+            "disc_max_accuracy",
+            "threshold",
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("temperature_start", "temperature_end", "pruner_lr", "disc_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("pruner_dim", "pruner_heads", "merger_tokens", "merger_heads", "disc_dim", "min_keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.pruner_dim % self.pruner_heads:
+            raise ValueError(f"pruner_dim {self.pruner_dim} must be divisible by pruner_heads {self.pruner_heads}")
+        if self.max_keep is not None and self.max_keep < self.min_keep:
+            raise ValueError(f"max_keep {self.max_keep} must be at least min_keep {self.min_keep}")
+
+    # ---- what the targets mean -----------------------------------------------------------------------------------
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raises ValueError when a pruning or discriminator layer does not exist in a decoder of `num_layers`."""
+        if self.pruning_layers[-1] >= num_layers:
+            raise ValueError(
+                f"pruning_layers {list(self.pruning_layers)} are out of range: this decoder has {num_layers} layers, "
+                f"so they must lie in 1..{num_layers - 1}"
+            )
+
+    def disc_layer_indices(self, num_layers: int) -> tuple[int, ...]:
+        """Discriminator layers counted from 0.
+
+        Raises:
+            ValueError: a layer does not exist, or lies before the first pruning layer, where nothing differs.
+        """
+        indices = tuple(layer + num_layers if layer < 0 else layer for layer in self.disc_layers)
+        first = self.pruning_layers[0]
+        bad = [layer for layer, i in zip(self.disc_layers, indices, strict=True) if not first <= i < num_layers]
+        if bad or not indices:
+            raise ValueError(
+                f"disc_layers {list(self.disc_layers)}: {bad} lie outside {first}..{num_layers - 1}, the layers that "
+                f"see pruned tokens in a decoder of {num_layers} layers pruned from layer {first}"
+            )
+        return tuple(sorted(indices))
+
+    def floor(self, vision_tokens: int, num_layers: int) -> float:
+        """Average tokens that no pruner can go below: the layers before the first pruning layer see everything."""
+        return self.pruning_layers[0] * vision_tokens / num_layers
+
+    def check_budget(self, vision_tokens: int, num_layers: int) -> None:
+        """Raises ValueError, with the floor in the message, when the target can not be reached."""
+        floor = self.floor(vision_tokens, num_layers)
+        target = self.target_token_num
+        asked = f"target_token_num {target:g}" if target is not None else f"target_sparsity {self.target_sparsity:g}"
+        if target is None:
+            target = (1 - self.target_sparsity) * vision_tokens
+        if target < floor:
+            raise ValueError(
+                f"{asked} is under the floor of {floor:g} average tokens ({floor / vision_tokens:.1%} of "
+                f"{vision_tokens}): the {self.pruning_layers[0]} layers before the first pruning layer see all "
+                "vision tokens. Raise the target or prune at an earlier layer"
+            )
+
+    # ---- reading and writing -------------------------------------------------------------------------------------
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Names of all fields, in order."""
+        return [f.name for f in dataclasses.fields(cls)]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruneConfig:
+        """Build from a dict; raises ValueError that names an unknown key and the nearest known one."""
+        known = cls.field_names()
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"unknown prune config key {key!r}; did you mean {near!r}?")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: dict[str, Any] | None = None) -> PruneConfig:
+        """Read a YAML or JSON file, or a preset by name, then apply `overrides`.
+
+        An override of one of the two targets replaces the other.
+
+        Raises:
+            ValueError: no such file or preset, not a mapping, or a bad key or value (the source is named).
+        """
+        import yaml
+
+        path = Path(source)
+        if not path.is_file() and str(source) in preset_names():
+            path = resources.files("llava_prune") / "presets" / f"{source}.yaml"
+        if not path.is_file():
+            raise ValueError(f"no prune config {str(source)!r}: give a YAML or JSON file or one of {preset_names()}")
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold 'key: value' lines, one per prune config field")
+        overrides = dict(overrides or {})
+        if "target_token_num" in overrides and "target_sparsity" not in overrides:
+            values.pop("target_sparsity", None)
+        if "target_sparsity" in overrides and "target_token_num" not in overrides:
+            values.pop("target_token_num", None)
+        try:
+            return cls.from_dict({**values, **overrides})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, tuples as lists, ready for JSON or YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def dumps(self) -> str:
+        """The config as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def preset_names() -> list[str]:
+    """Names accepted by `PruneConfig.load` instead of a file."""
+    folder = resources.files("llava_prune") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))

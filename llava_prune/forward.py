@@ -1,0 +1,271 @@
+"""What a bound decoder layer does in each mode.
+
+soft and masked leave every row in place and change the attention mask; hard removes rows from the hidden states, the
+positions, the masks and, by never writing them, the key-value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import compat
+from .attention_masks import of_cached_rows, of_rows, with_bias, without_keys
+from .config import PruneConfig
+from .drop import Rows
+from .layout import gather_rows, padded_index
+from .masks import estimate_mask, keep_probability, log_bias, select_tokens, straight_through_selection
+from .residual import question_attention
+from .state import ForwardRecord, PruneState
+
+Layer = Callable[..., Any]
+
+
+class LayerForward:
+    """The forward of decoder layer `index`, around the stored original.
+
+    Args:
+        index: layer number from 0.
+        layer: the decoder layer.
+        original: its forward before binding.
+        pruner: the layer's `LayerPruner`, or None between pruning layers.
+        num_layers, config, state, backend: of the model it belongs to.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        original: Layer,
+        pruner: nn.Module | None,
+        num_layers: int,
+        config: PruneConfig,
+        state: PruneState,
+        backend: str,
+    ):
+        self.index = index
+        self.layer = layer
+        self.original = original
+        self.pruner = pruner
+        self.last = index == num_layers - 1
+        self.config = config
+        self.state = state
+        self.flash = backend == "flash_attention_2"
+        self.bind = compat.bind_arguments(original)
+        # the pruning layer whose decision holds here
+        self.segment = max(layer for layer in config.pruning_layers if layer <= index)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        record = self.state.record
+        if record is None or record.mode == "origin":
+            return self.original(*args, **kwargs)
+        call = self.bind(args, kwargs)
+        if record.mode == "hard":
+            return self._hard(call, record)
+        return self._masked(call, record)
+
+    # ---- soft and masked: every row stays, the mask changes ----------------------------------------------------------
+
+    def _masked(self, call: dict[str, Any], record: ForwardRecord) -> Any:
+        if record.decoding:
+            call["attention_mask"] = self._masked_decode_mask(call, record)
+        elif self.pruner is not None:
+            call["attention_mask"] = self._decide_masks(call, record)
+        else:
+            call["attention_mask"] = record.attention_masks[self.segment]
+        output = self.original(**call)
+        if self.index in self.state.feature_layers:
+            record.features.setdefault(self.index, compat.hidden_states_of(output))
+        return output
+
+    def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
+        hidden, layout = call["hidden_states"], record.layout
+        if self.index == self.config.pruning_layers[0] and self.state.feature_layers and record.prefix is None:
+            record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
+        before = [layer for layer in self.config.pruning_layers if layer < self.index]
+        past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()
+        past_kept = record.kept[before[-1]] if before else layout.vision_valid
+
+        residual = None
+        if self.pruner.use_attn_residual:
+            present, bias = None, None
+            if record.mode == "soft":
+                bias = self._spread(log_bias(past_mask), record)
+            else:
+                present = ~layout.vision | self._spread(past_kept, record)
+            everything = Rows.full(*hidden.shape[:2], hidden.device)
+            attention = question_attention(self.layer, call, layout, everything, present, bias)
+            residual = _relative(attention.gather(1, layout.vision_index), past_kept, layout.vision_counts)
+        logits = self.pruner(
+            gather_rows(hidden, layout.vision_index),
+            gather_rows(hidden, layout.question_index),
+            layout.question_valid,
+            residual,
+        )
+        probability = keep_probability(logits)
+        keep = select_tokens(probability, past_kept, self.config.threshold, self.config.min_keep, self.config.max_keep)
+        if record.mode == "soft":
+            mask = estimate_mask(
+                logits,
+                self.config.estimator,
+                self.state.temperature,
+                noise=self.layer.training,
+                threshold=self.config.threshold,
+            )
+        else:
+            mask = straight_through_selection(probability, keep)
+        cumulative = past_mask * mask
+        record.logits.setdefault(self.index, logits)
+        record.masks.setdefault(self.index, cumulative)
+        record.kept.setdefault(self.index, keep)
+
+        dtype = hidden.dtype
+        if record.mode == "soft" or self.layer.training:
+            attention_mask = with_bias(call["attention_mask"], self._spread(log_bias(cumulative), record), dtype)
+        elif torch.equal(keep, layout.vision_valid):
+            attention_mask = call["attention_mask"]  # nothing dropped: the stock call, bit for bit
+        else:
+            present = ~layout.vision | self._spread(keep, record)
+            attention_mask = without_keys(call["attention_mask"], present, present.shape[1], dtype, self.flash)
+        record.attention_masks.setdefault(self.index, attention_mask)
+        return attention_mask
+
+    def _masked_decode_mask(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
+        if self.segment not in record.attention_masks:
+            keep = record.kept[self.segment]
+            mask = call["attention_mask"]
+            if not torch.equal(keep, record.layout.vision_valid):
+                present = ~record.layout.vision | self._spread(keep, record)
+                new = record.full_length - record.prefill_length
+                present = torch.cat([present, present.new_ones(len(present), new)], -1)
+                hidden = call["hidden_states"]
+                mask = without_keys(mask, present, hidden.shape[1], hidden.dtype, self.flash)
+            record.attention_masks[self.segment] = mask
+        return record.attention_masks[self.segment]
+
+    @staticmethod
+    def _spread(values: Tensor, record: ForwardRecord) -> Tensor:
+        """(B, N) over the sample's vision tokens -> (B, T) over positions, zero (False) elsewhere."""
+        layout = record.layout
+        length = record.prefill_length
+        target = layout.vision_index.masked_fill(~layout.vision_valid, length)
+        full = values.new_zeros(len(values), length + 1)
+        return full.scatter(1, target, values)[:, :length]
+
+    # ---- hard: rows are removed --------------------------------------------------------------------------------------
+
+    def _hard(self, call: dict[str, Any], record: ForwardRecord) -> Any:
+        if record.decoding:
+            self._check_cache(call, record)
+            call["attention_mask"] = self._hard_decode_mask(call, record)
+            return self.original(**call)
+        stock = {name: call.get(name) for name in ("attention_mask", "position_ids", "position_embeddings")}
+        if self.pruner is not None:
+            self._drop(call, record)
+        rows = record.rows[self.segment]
+        if not rows.complete(record.prefill_length):
+            if self.segment not in record.attention_masks:
+                mask = of_rows(stock["attention_mask"], rows, call["hidden_states"].dtype, self.flash)
+                record.attention_masks[self.segment] = mask
+            call["attention_mask"] = record.attention_masks[self.segment]
+            self._shrink_positions(call, rows)
+        output = self.original(**call)
+        if self.last and not rows.complete(record.prefill_length):
+            full = rows.scatter(compat.hidden_states_of(output), record.prefill_length)
+            output = compat.with_hidden_states(output, full)
+        return output
+
+    def _drop(self, call: dict[str, Any], record: ForwardRecord) -> None:
+        """Decide for the rows still present, and remove what this layer drops from `call["hidden_states"]`."""
+        hidden, layout = call["hidden_states"], record.layout
+        before = [layer for layer in self.config.pruning_layers if layer < self.index]
+        rows = record.rows[before[-1]] if before else Rows.full(*hidden.shape[:2], hidden.device)
+        past_kept = record.kept[before[-1]] if before else layout.vision_valid
+        is_vision = rows.flags(layout.vision)
+        vision_index, alive = padded_index(is_vision, width=None if before else layout.vision_index.shape[1])
+        question_index, question_valid = layout.question_index, layout.question_valid
+        if not rows.complete(record.prefill_length):
+            width = question_index.shape[1]
+            question_index, question_valid = padded_index(rows.flags(layout.question), width=width)
+
+        residual = None
+        if self.pruner.use_attn_residual:
+            shrunk = {**call, "hidden_states": hidden}
+            if not rows.complete(record.prefill_length):
+                self._shrink_positions(shrunk, rows)
+            attention = question_attention(
+                self.layer, shrunk, layout, rows, rows.valid, None, (question_index, question_valid)
+            )
+            residual = _relative(attention.gather(1, vision_index), alive, layout.vision_counts)
+        logits = self.pruner(
+            gather_rows(hidden, vision_index), gather_rows(hidden, question_index), question_valid, residual
+        )
+        keep = select_tokens(
+            keep_probability(logits), alive, self.config.threshold, self.config.min_keep, self.config.max_keep
+        )
+        selected = rows.select(~is_vision | _marked(vision_index, keep, is_vision.shape[1]))
+        alive_index, _ = padded_index(past_kept, width=alive.shape[1])
+        record.kept[self.index] = _marked(alive_index, keep, past_kept.shape[1])
+        if selected is None:
+            record.rows[self.index] = rows
+            return
+        record.rows[self.index], index = selected
+        call["hidden_states"] = gather_rows(hidden, index)
+
+    @staticmethod
+    def _shrink_positions(call: dict[str, Any], rows: Rows) -> None:
+        """Kept tokens keep the rotary positions they had."""
+        if call.get("position_ids") is not None:
+            call["position_ids"] = rows.take(call["position_ids"], 1)
+        if call.get("position_embeddings") is not None:
+            cos, sin = call["position_embeddings"]
+            call["position_embeddings"] = (rows.take(cos, 1), rows.take(sin, 1))
+
+    def _hard_decode_mask(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
+        rows = record.rows[self.segment]
+        if rows.complete(record.prefill_length):
+            return call["attention_mask"]
+        if self.segment not in record.attention_masks:
+            hidden = call["hidden_states"]
+            record.attention_masks[self.segment] = of_cached_rows(
+                call["attention_mask"],
+                rows,
+                record.prefill_length,
+                record.full_length,
+                hidden.shape[1],
+                hidden.dtype,
+                self.flash,
+            )
+        return record.attention_masks[self.segment]
+
+    def _check_cache(self, call: dict[str, Any], record: ForwardRecord) -> None:
+        held = compat.cache_length(compat.cache_of(call), self.index)
+        new = record.full_length - record.prefill_length - call["hidden_states"].shape[1]
+        expected = record.rows[self.segment].positions.shape[1] + new
+        if held != expected:
+            raise ValueError(
+                f"the key-value cache of decoder layer {self.index} holds {held} positions, but the latest pruned "
+                f"prefill left {expected}: this cache belongs to another prompt or mode. Prefill the whole prompt again"
+            )
+
+
+def _relative(attention: Tensor, alive: Tensor, counts: Tensor) -> Tensor:
+    """Log of question-to-vision attention relative to uniform, in [-3, 3].
+
+    Args:
+        attention: (B, N) attention that the question pays each vision token.
+        alive: (B, N) bool.
+        counts: (B,) vision tokens before any pruning.
+    """
+    attention = attention * alive
+    share = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
+    return (share * counts[:, None]).clamp(min=1e-6).log().clamp(-3, 3)
+
+
+def _marked(index: Tensor, flags: Tensor, width: int) -> Tensor:
+    """(B, width) bool, True at the entries of `index` (B, K) whose flag is set; filler points at 0 with no flag."""
+    counts = torch.zeros(len(index), width, dtype=torch.int32, device=index.device)
+    return counts.scatter_add(1, index, flags.to(torch.int32)) > 0

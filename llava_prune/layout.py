@@ -1,0 +1,93 @@
+"""`TokenLayout`: which positions of a batch are vision, question, text and padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def padded_index(mask: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Positions of the True entries of each row, in order, padded to a common width.
+
+    Args:
+        mask: (B, T) bool.
+        width: number of columns if known, which saves a device sync; at least the largest count.
+
+    Returns:
+        index: (B, K) long, 0 at filler; valid: (B, K) bool. K is at least 1.
+    """
+    counts = mask.sum(-1)
+    if width is None:
+        width = int(counts.max()) if len(counts) else 0
+    width = max(width, 1)
+    order = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices[:, :width]
+    valid = torch.arange(width, device=mask.device) < counts[:, None]
+    return order.masked_fill(~valid, 0), valid
+
+
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of (B, T, D) at (B, K) -> (B, K, D)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Token kinds of one batch of T positions.
+
+    Attributes:
+        valid: (B, T) bool, False at padding.
+        vision: (B, T) bool.
+        question: (B, T) bool, text after the first vision token and before the answer: the supervised one when
+            labels are given, else the one to be generated. Never a token of the answer.
+        num_images: (B,) long.
+        vision_index, vision_valid: (B, N) position of each sample's vision tokens in order; N is at least 1.
+        question_index, question_valid: (B, Q) likewise.
+        has_vision: whether any sample has a vision token.
+    """
+
+    valid: Tensor
+    vision: Tensor
+    question: Tensor
+    num_images: Tensor
+    vision_index: Tensor
+    vision_valid: Tensor
+    question_index: Tensor
+    question_valid: Tensor
+    has_vision: bool
+
+    @classmethod
+    def build(cls, valid: Tensor, vision: Tensor, num_images: Tensor, labels: Tensor | None = None) -> TokenLayout:
+        """From (B, T) masks and, in training, (B, T) labels with IGNORE_INDEX where nothing is supervised."""
+        text_after = valid & ~vision & (vision.cumsum(-1) > 0)
+        question = text_after
+        if labels is not None:
+            question = text_after & ((text_after & (labels != IGNORE_INDEX)).cumsum(-1) == 0)
+        widest = int(vision.sum(-1).max())
+        indices = (*padded_index(vision, widest), *padded_index(question))
+        return cls(valid, vision, question, num_images, *indices, has_vision=widest > 0)
+
+    @property
+    def text(self) -> Tensor:
+        """(B, T) bool, valid positions that are not vision."""
+        return self.valid & ~self.vision
+
+    @property
+    def text_after_image(self) -> Tensor:
+        """(B, T) bool, text that has seen at least one vision token: question and answer."""
+        return self.text & (self.vision.cumsum(-1) > 0)
+
+    @property
+    def vision_counts(self) -> Tensor:
+        """(B,) long, vision tokens of each sample."""
+        return self.vision_valid.sum(-1)
+
+    def repeat(self, times: int) -> TokenLayout:
+        """Each sample `times` times in a row, as beam search expands a batch."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return TokenLayout(
+            **{k: v.repeat_interleave(times, 0) if isinstance(v, Tensor) else v for k, v in values.items()}
+        )

@@ -1,0 +1,106 @@
+"""Loss terms, each a pure function of tensors returning a scalar; the trainer alone weighs, sums and logs them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp(min=1.0)
+
+
+def sparsity_loss(kept: Tensor, target: Tensor, weights: Tensor, only_on_excess: bool = False) -> Tensor:
+    """Squared distance of the batch's mean kept fraction from its mean target.
+
+    Args:
+        kept, target: (B,) fractions in [0, 1].
+        weights: (B,) 1 for samples with an image, else 0.
+        only_on_excess: no loss while less than the target is kept.
+    """
+    difference = _weighted_mean(kept - target, weights)
+    return F.relu(difference).square() if only_on_excess else difference.square()
+
+
+def token_count_loss(kept: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Mean over samples of |kept - target|: each sample is held to the target by itself. Shapes as `sparsity_loss`."""
+    return _weighted_mean((kept - target).abs(), weights)
+
+
+def binarization_loss(mask: Tensor, valid: Tensor) -> Tensor:
+    """Mean of 4 m (1 - m) over valid tokens: 0 for a binary mask, 1 for a mask of 0.5.
+
+    Args:
+        mask: (..., N) in [0, 1].
+        valid: (..., N) bool, broadcastable.
+    """
+    return _weighted_mean(4 * mask * (1 - mask), valid.expand_as(mask).to(mask.dtype))
+
+
+def generator_loss(fake_logits: Tensor, weights: Tensor, kind: str) -> Tensor:
+    """Loss of the pruners for fooling the discriminator.
+
+    `non_saturating`: -log sigmoid(D(fake)) (Goodfellow et al. 2014, arXiv:1406.2661, section 3);
+    `hinge`: -D(fake) (Lim and Ye 2017, arXiv:1705.02894).
+
+    Args:
+        fake_logits, weights: (B,).
+    """
+    return _weighted_mean(F.softplus(-fake_logits) if kind == "non_saturating" else -fake_logits, weights)
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, weights: Tensor, kind: str) -> Tensor:
+    """Loss of the discriminator, real against fake; kinds and shapes as `generator_loss`."""
+    if kind == "non_saturating":
+        values = F.softplus(-real_logits) + F.softplus(fake_logits)
+    else:
+        values = F.relu(1 - real_logits) + F.relu(1 + fake_logits)
+    return _weighted_mean(values, weights)
+
+
+def _standardise(hidden: Tensor) -> Tensor:
+    return F.layer_norm(hidden.float(), hidden.shape[-1:])
+
+
+def mse_loss(fake: list[Tensor], real: list[Tensor], mask: Tensor) -> Tensor:
+    """Mean squared distance of standardised hidden states, averaged over layers.
+
+    Args:
+        fake, real: one (B, S, D) a layer.
+        mask: (B, S) bool, positions that count.
+    """
+    weights = mask.float()
+    terms = [
+        _weighted_mean((_standardise(f) - _standardise(r)).square().mean(-1), weights)
+        for f, r in zip(fake, real, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def mean_var_loss(fake: list[Tensor], real: list[Tensor], mask: Tensor) -> Tensor:
+    """Squared distance of each sample's mean and variance over positions; shapes as `mse_loss`."""
+    weights = mask.float()[..., None]
+    count = weights.sum(1).clamp(min=1)
+    has_text = mask.any(1).float()
+
+    def moments(hidden: Tensor) -> Tensor:
+        hidden = _standardise(hidden)
+        mean = (hidden * weights).sum(1) / count
+        variance = ((hidden - mean[:, None]).square() * weights).sum(1) / count
+        return torch.cat([mean, variance], -1)
+
+    terms = [
+        _weighted_mean((moments(f) - moments(r)).square().mean(-1), has_text) for f, r in zip(fake, real, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def kl_loss(fake_logits: Tensor, real_logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean KL(real || fake) of the next-token distributions.
+
+    Args:
+        fake_logits, real_logits: (B, S, V).
+        mask: (B, S) bool, positions that count.
+    """
+    real = F.log_softmax(real_logits.float(), -1)
+    fake = F.log_softmax(fake_logits.float(), -1)
+    return _weighted_mean((real.exp() * (real - fake)).sum(-1), mask.float())

@@ -1,0 +1,123 @@
+"""Mask mathematics: estimators with a gradient, thresholds with bounds, cumulative masks as attention bias.
+
+Everything is computed in fp32 whatever the model's dtype, and imports torch alone.
+"""
+
+import torch
+from torch import Tensor
+
+# added before the log; also the weight a dropped token keeps in a straight-through pass
+LOG_EPS = 1e-6
+
+
+def keep_probability(logits: Tensor) -> Tensor:
+    """Noise-free keep probability.
+
+    Args:
+        logits: (..., 2), drop and keep.
+
+    Returns:
+        (...) fp32 in (0, 1).
+    """
+    logits = logits.float()
+    return torch.sigmoid(logits[..., 1] - logits[..., 0])
+
+
+def _gumbel_difference(like: Tensor) -> Tensor:
+    """Difference of two Gumbel variables, which is Logistic(0, 1), fp32."""
+    tiny = torch.finfo(torch.float32).tiny
+    uniform = torch.rand(like.shape, dtype=torch.float32, device=like.device).clamp(tiny, 1 - 1e-7)
+    return torch.log(uniform) - torch.log1p(-uniform)
+
+
+def _straight_through(soft: Tensor, threshold: float) -> Tensor:
+    hard = (soft > threshold).to(soft.dtype)
+    return hard + soft - soft.detach()
+
+
+def estimate_mask(
+    logits: Tensor, estimator: str, temperature: float, noise: bool = True, threshold: float = 0.5
+) -> Tensor:
+    """Differentiable mask in [0, 1].
+
+    `gumbel_soft` is the two-class Gumbel-Softmax (Jang et al. 2017, arXiv:1611.01144, eq. 2), which for two classes
+    is sigmoid((keep - drop + Logistic noise) / temperature); `gumbel_st` is its straight-through form; `sigmoid_st`
+    is the straight-through form without noise.
+
+    Args:
+        logits: (..., 2), drop and keep.
+        estimator: one of `gumbel_soft`, `gumbel_st`, `sigmoid_st`.
+        temperature: > 0.
+        noise: False leaves the Gumbel noise out.
+        threshold: keep probability above which a straight-through mask is 1.
+
+    Returns:
+        (...) fp32 mask.
+    """
+    logits = logits.float()
+    margin = logits[..., 1] - logits[..., 0]
+    if noise and estimator != "sigmoid_st":
+        margin = margin + _gumbel_difference(margin)
+    soft = torch.sigmoid(margin / temperature)
+    if estimator == "gumbel_soft":
+        return soft
+    if estimator in ("gumbel_st", "sigmoid_st"):
+        # the threshold is a probability at temperature 1; carry it through the temperature
+        cut = torch.sigmoid(torch.logit(torch.tensor(threshold, dtype=torch.float64)) / temperature)
+        return _straight_through(soft, float(cut))
+    raise ValueError(f"unknown estimator {estimator!r}: use gumbel_soft, gumbel_st or sigmoid_st")
+
+
+def select_tokens(
+    probability: Tensor, alive: Tensor, threshold: float, min_keep: int = 1, max_keep: int | None = None
+) -> Tensor:
+    """Binary decision: alive tokens above the threshold, at least `min_keep`, at most `max_keep`, best first.
+
+    Args:
+        probability: (B, N) keep probability.
+        alive: (B, N) bool, tokens that earlier layers kept (padding is not alive).
+
+    Returns:
+        (B, N) bool, a subset of `alive`. A row with fewer alive tokens than `min_keep` keeps them all.
+    """
+    score = probability.masked_fill(~alive, float("-inf"))
+    # a stable sort makes ties fall to the earlier token, on every device
+    rank = score.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+    keep = (probability > threshold) | (rank < min_keep)
+    if max_keep is not None:
+        keep = keep & (rank < max_keep)
+    return keep & alive
+
+
+def straight_through_selection(probability: Tensor, keep: Tensor) -> Tensor:
+    """Binary mask of `keep` whose gradient is that of `probability`: (B, N) fp32."""
+    return keep.to(probability.dtype) + probability - probability.detach()
+
+
+def log_bias(mask: Tensor) -> Tensor:
+    """Attention bias log(M + eps) of a mask in [0, 1], fp32; finite value and gradient at 0 and 1.
+
+    softmax(s + log M) weighs each key's exp(s) by M. The eps is taken off at M = 1, so a mask of ones is a bias of 0.
+    """
+    return torch.log(mask.float() * (1 - LOG_EPS) + LOG_EPS)
+
+
+def average_token_fraction(kept_counts: Tensor, totals: Tensor, layers: tuple[int, ...], num_layers: int) -> Tensor:
+    """Average tokens over all decoder layers, as a fraction of the sample's vision tokens.
+
+    Args:
+        kept_counts: (K, B) tokens (or sums of soft masks) left after each pruning layer.
+        totals: (B,) vision tokens of each sample.
+        layers: the K pruning layers, ascending.
+
+    Returns:
+        (B,) fp32; 1 for samples without vision tokens.
+    """
+    spans = torch.tensor(
+        [end - start for start, end in zip(layers, (*layers[1:], num_layers), strict=True)],
+        dtype=torch.float32,
+        device=kept_counts.device,
+    )
+    fraction = kept_counts.float() / totals.clamp(min=1)
+    average = (layers[0] + (spans[:, None] * fraction).sum(0)) / num_layers
+    return torch.where(totals > 0, average, torch.ones_like(average))

@@ -1,0 +1,51 @@
+"""Building blocks shared by pruner, merger and discriminator."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise every Linear and LayerNorm explicitly.
+
+    LLaVA's `disable_torch_init` turns their own `reset_parameters` into no-ops, which leaves raw memory.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.LayerNorm):
+            nn.init.ones_(child.weight)
+            nn.init.zeros_(child.bias)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head cross-attention from its own Linears.
+
+    `nn.MultiheadAttention` reads its parameters outside their modules' forward, which is empty under ZeRO-3. The
+    names differ from the decoder's `q_proj` .. `o_proj` so that PEFT's suffix matching leaves them alone.
+
+    Args:
+        query_dim, context_dim: widths of the two inputs.
+        dim: inner width, divisible by `heads`; also the output's.
+    """
+
+    def __init__(self, query_dim: int, context_dim: int, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_query = nn.Linear(query_dim, dim)
+        self.to_key = nn.Linear(context_dim, dim)
+        self.to_value = nn.Linear(context_dim, dim)
+        self.to_output = nn.Linear(dim, dim)
+
+    def forward(self, query: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
+        """(B, N, query_dim), (B, S, context_dim), (B, S) bool or None -> (B, N, dim)."""
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        mask = None if context_mask is None else context_mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(
+            split(self.to_query(query)), split(self.to_key(context)), split(self.to_value(context)), attn_mask=mask
+        )
+        return self.to_output(attended.transpose(1, 2).flatten(2))

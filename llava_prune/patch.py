@@ -1,0 +1,299 @@
+"""Attaching pruners to a model instance and taking them off again.
+
+Bound on the instance, never on a class, so that a second model in the process is left alone; the original forward is
+stored and called, never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import compat
+from .announce import announcing_prepare, merging_hook
+from .config import PruneConfig
+from .forward import LayerForward
+from .merger import TokenMerger
+from .pruner import LayerPruner
+from .state import MODES, ForwardRecord, PruneState
+
+_HANDLE = "llava_prune_handle"
+
+
+class Pruners(nn.Module):
+    """All trainable modules of the plug-in, one child of the decoder: `layers.<L>` and, if enabled, `merger`."""
+
+    def __init__(self, layers: dict[int, LayerPruner], merger: TokenMerger | None):
+        super().__init__()
+        self.layers = nn.ModuleDict({str(index): pruner for index, pruner in layers.items()})
+        self.merger = merger
+
+
+class PruneHandle:
+    """What `attach_pruners` returns: the settings, the modules and the way back.
+
+    Attributes:
+        config: the `PruneConfig`.
+        state: `PruneState` that the bound forwards read.
+        pruners: the trainable `Pruners`.
+        decoder: the module that holds the decoder layers.
+    """
+
+    def __init__(self, model: nn.Module, config: PruneConfig):
+        self.model = model
+        self.config = config
+        self.state = PruneState()
+        self.decoder = compat.find_decoder(model)
+        self.num_layers = len(self.decoder.layers)
+        self.hidden_size = self.decoder.config.hidden_size
+        self.backend = compat.attention_backend(self.decoder)
+        config.check_layers(self.num_layers)
+        self.vision_tokens = compat.vision_tokens_per_image(model)
+        if config.enable_token_merger and self.vision_tokens is not None:
+            self.vision_tokens = config.merger_tokens
+        if self.vision_tokens is not None:
+            config.check_budget(self.vision_tokens, self.num_layers)
+        self._decoder_arguments = compat.bind_arguments(self.decoder.forward)
+        self.pruners = self._build_modules()
+        self.layer_forwards: dict[int, LayerForward] = {}
+        self._bound: list[tuple[nn.Module, str, Any]] = []
+        self._hooks: list[Any] = []
+
+    def _build_modules(self) -> Pruners:
+        layers = {}
+        for index in self.config.pruning_layers:
+            like = self.decoder.layers[index].input_layernorm.weight
+            layers[index] = LayerPruner(self.hidden_size, self.config).to(like.device, like.dtype)
+        return Pruners(layers, self._build_merger())
+
+    def _build_merger(self) -> TokenMerger | None:
+        if not self.config.enable_token_merger:
+            return None
+        llava = compat.find_llava(self.model)
+        if llava is None:
+            raise ValueError("enable_token_merger needs a LLaVA model of the haotian-liu code base")
+        if str(getattr(llava.config, "mm_patch_merge_type", "flat")).startswith("spatial"):
+            raise ValueError(
+                "enable_token_merger leaves no grid for mm_patch_merge_type 'spatial': set enable_token_merger to "
+                "false, or use a model with mm_patch_merge_type 'flat'"
+            )
+        like = next(llava.get_model().mm_projector.parameters())
+        return TokenMerger(llava.config.mm_hidden_size, self.hidden_size, self.config).to(like.device, like.dtype)
+
+    # ---- binding -----------------------------------------------------------------------------------------------------
+
+    def _bind(self, module: nn.Module, name: str, function: Any) -> None:
+        """Set an instance attribute and remember what the instance had under that name, if anything."""
+        self._bound.append((module, name, module.__dict__.get(name)))
+        setattr(module, name, function)
+
+    def _attach(self) -> None:
+        self.decoder.llava_pruners = self.pruners
+        self.decoder.__dict__[_HANDLE] = self
+        for index in range(self.config.pruning_layers[0], self.num_layers):
+            layer = self.decoder.layers[index]
+            pruner = self.pruners.layers[str(index)] if index in self.config.pruning_layers else None
+            run = LayerForward(
+                index, layer, layer.forward, pruner, self.num_layers, self.config, self.state, self.backend
+            )
+            self.layer_forwards[index] = run
+            self._bind(layer, "forward", MethodType(_without_self(run), layer))
+            self._extend_rotary(compat.rotary_module(layer))
+        self._hooks.append(self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
+        llava = compat.find_llava(self.model)
+        if llava is not None:
+            prepare = llava.prepare_inputs_labels_for_multimodal
+            announcing = announcing_prepare(prepare, llava, self.state, self.pruners.merger)
+            self._bind(llava, "prepare_inputs_labels_for_multimodal", announcing)
+            if self.pruners.merger is not None:
+                projector = llava.get_model().mm_projector
+                self._hooks.append(projector.register_forward_pre_hook(merging_hook(self.state, self.pruners.merger)))
+
+    def _extend_rotary(self, rotary: nn.Module | None) -> None:
+        """4.37 cuts the table to the layer's own, short length while kept tokens have their original positions."""
+        if rotary is None:
+            return
+        original = rotary.forward
+        state = self.state
+
+        def forward(x: Tensor, seq_len: int | None = None) -> Any:
+            if state.record is not None and state.record.mode == "hard":
+                seq_len = max(seq_len or 0, state.record.full_length)
+            return original(x, seq_len=seq_len)
+
+        self._bind(rotary, "forward", forward)
+
+    def remove(self) -> None:
+        """Take everything off again: the model is the stock model, bit for bit. Safe to call twice."""
+        for module, name, previous in reversed(self._bound):
+            if previous is None:
+                module.__dict__.pop(name, None)
+            else:
+                setattr(module, name, previous)
+        for hook in self._hooks:
+            hook.remove()
+        if self.decoder.__dict__.get(_HANDLE) is self:
+            del self.decoder.__dict__[_HANDLE]
+            del self.decoder.llava_pruners
+        self._bound, self._hooks, self.layer_forwards = [], [], {}
+
+    def __enter__(self) -> PruneHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    # ---- one forward pass --------------------------------------------------------------------------------------------
+
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Start a record when the decoder starts on a fresh cache; go on with the old one otherwise."""
+        call = self._decoder_arguments(args, kwargs)
+        inputs = call.get("inputs_embeds") if call.get("inputs_embeds") is not None else call.get("input_ids")
+        batch, length = inputs.shape[:2]
+        cached = compat.cache_length(compat.cache_of(call), 0)
+        state, layout = self.state, self.state.announced
+        state.announced = None
+        if cached:
+            self._continue(cached, length, layout is not None)
+            return
+        state.record = None
+        if layout is None or not (layout.has_vision or decoder.training):
+            return
+        if layout.valid.shape[1] != length or batch % len(layout.valid):
+            raise ValueError(
+                f"the prepared inputs have {tuple(layout.valid.shape)} positions but the decoder was given "
+                f"{(batch, length)}: call the model with what prepare_inputs_labels_for_multimodal returned last"
+            )
+        if batch != len(layout.valid):
+            layout = layout.repeat(batch // len(layout.valid))
+        self._check_mode(decoder)
+        state.record = ForwardRecord(layout, state.mode, full_length=length)
+
+    def _continue(self, cached: int, length: int, new_image: bool) -> None:
+        record = self.state.record
+        if record is None:
+            if new_image and self.state.mode != "origin":
+                raise ValueError(
+                    "an image was added to a key-value cache that is in use: prefill the whole prompt again"
+                )
+            return
+        if record.mode in ("masked", "hard") and (new_image or cached != record.full_length):
+            raise ValueError(
+                f"the key-value cache holds {cached} positions, the latest pruned forward saw {record.full_length}"
+                f"{' and a new image came with this call' if new_image else ''}: prefill the whole prompt again"
+            )
+        record.decoding = True
+        record.full_length = cached + length
+        record.attention_masks.clear()
+
+    def _check_mode(self, decoder: nn.Module) -> None:
+        mode = self.state.mode
+        if self.backend == "flash_attention_2" and (mode == "soft" or (mode == "masked" and decoder.training)):
+            raise ValueError(
+                f"mode {mode!r} with a gradient needs an attention bias, which flash_attention_2 does not take: load "
+                "the model with attn_implementation='sdpa' to train; hard mode runs on flash_attention_2"
+            )
+        if mode in ("soft", "masked") and decoder.training and getattr(decoder, "gradient_checkpointing", False):
+            keywords = getattr(getattr(decoder, "_gradient_checkpointing_func", None), "keywords", {})
+            if keywords.get("use_reentrant", True):
+                raise ValueError(
+                    "reentrant gradient checkpointing leaves the pruners without a gradient: call "
+                    "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+                )
+
+    @torch.no_grad()
+    def unpruned_features(self, record: ForwardRecord) -> dict[int, Tensor]:
+        """Outputs of `state.feature_layers` without pruning, from the hidden states that entered the first pruner.
+
+        Runs the original layers up to the last one asked for and computes no logits.
+
+        Returns:
+            layer -> (B, T, hidden_size).
+        """
+        call = dict(record.prefix)
+        features = {}
+        for index in range(self.config.pruning_layers[0], max(self.state.feature_layers) + 1):
+            hidden = compat.hidden_states_of(self.layer_forwards[index].original(**call))
+            call["hidden_states"] = hidden
+            if index in self.state.feature_layers:
+                features[index] = hidden
+        return features
+
+
+def _without_self(run: LayerForward) -> Any:
+    def forward(_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    return forward
+
+
+def find_handle(model: nn.Module) -> PruneHandle | None:
+    """The handle of pruners attached to `model`, or None."""
+    for module in model.modules():
+        if _HANDLE in module.__dict__:
+            return module.__dict__[_HANDLE]
+    return None
+
+
+def require_handle(model: nn.Module) -> PruneHandle:
+    """The handle of `model`; raises ValueError if no pruners are attached."""
+    handle = find_handle(model)
+    if handle is None:
+        raise ValueError("no pruners on this model: call attach_pruners(model, config) or load_pruners(model, dir)")
+    return handle
+
+
+def attach_pruners(model: nn.Module, config: PruneConfig) -> PruneHandle:
+    """Put freshly initialised pruners on a LLaVA model, in place, in mode `origin`.
+
+    Attach after LoRA: LLaVA's own search for LoRA targets would otherwise adapt the pruners too.
+
+    Args:
+        model: a LLaVA model, also inside PEFT.
+        config: what to prune.
+
+    Returns:
+        A handle with `.remove()`, also usable as `with attach_pruners(...) as handle:`.
+
+    Raises:
+        ValueError: pruners are attached already, there is no Llama decoder, layers are out of range, or the target
+            lies under its floor.
+    """
+    if find_handle(model) is not None:
+        raise ValueError("this model has pruners already: call detach_pruners(model) first")
+    handle = PruneHandle(model, config)
+    handle._attach()
+    return handle
+
+
+def detach_pruners(model: nn.Module) -> None:
+    """Make `model` the stock model again; raises ValueError if no pruners are attached."""
+    require_handle(model).remove()
+
+
+@contextmanager
+def prune_mode(model: nn.Module, mode: str) -> Iterator[PruneHandle]:
+    """Run `model` in `origin`, `soft`, `masked` or `hard` mode within the block, then in the mode it had before.
+
+    Raises:
+        ValueError: unknown mode, or no pruners attached.
+    """
+    handle = require_handle(model)
+    previous = handle.state.mode
+    set_mode(model, mode)
+    try:
+        yield handle
+    finally:
+        handle.state.mode = previous
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Set the mode until it is set again; raises ValueError as `prune_mode`."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
+    require_handle(model).state.mode = mode

@@ -1,0 +1,70 @@
+"""`LayerPruner`: which vision tokens does this question still need, from this layer on?"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import PruneConfig
+from .modules import CrossAttention, init_weights
+
+
+class LayerPruner(nn.Module):
+    """Question-driven cross-attention and an MLP that give each vision token two logits, drop and keep.
+
+    The decoder is causal and the image stands before the question, so vision hidden states know nothing of the
+    question at any depth: the pruner reads the question's own hidden states. A token's logits depend on that token
+    and the question only, so they are the same whether or not other tokens were removed before.
+
+    Args:
+        hidden_size: width of the decoder.
+        config: `pruner_dim`, `pruner_heads`, `init_keep_logit` and the attention residual's fields are read.
+    """
+
+    def __init__(self, hidden_size: int, config: PruneConfig):
+        super().__init__()
+        dim = config.pruner_dim
+        self.norm_vision = nn.LayerNorm(hidden_size)
+        self.norm_question = nn.LayerNorm(hidden_size)
+        # stands in for the question where there is none
+        self.no_question = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.embed_vision = nn.Linear(hidden_size, dim)
+        self.attention = CrossAttention(dim, hidden_size, dim, config.pruner_heads)
+        self.norm_joint = nn.LayerNorm(dim)
+        self.joint_hidden = nn.Linear(dim, dim)
+        self.joint_logits = nn.Linear(dim, 2)
+        self.use_attn_residual = config.use_attn_residual
+        if config.use_attn_residual:
+            self.residual_weight = nn.Parameter(
+                torch.tensor([float(config.attn_residual_weight)]), requires_grad=config.learn_attn_residual
+            )
+        init_weights(self)
+        nn.init.normal_(self.no_question, std=0.02)
+        # small, not zero: a zero weight would give the layers below it no gradient
+        nn.init.normal_(self.joint_logits.weight, std=0.02 / dim**0.5)
+        with torch.no_grad():
+            self.joint_logits.bias.copy_(torch.tensor([0.0, float(config.init_keep_logit)]))
+
+    def forward(
+        self, vision: Tensor, question: Tensor, question_mask: Tensor, attn_residual: Tensor | None = None
+    ) -> Tensor:
+        """Logits of every vision token.
+
+        Args:
+            vision: (B, N, hidden_size) hidden states entering the pruning layer.
+            question: (B, Q, hidden_size) the question's hidden states at the same layer; Q may be 0.
+            question_mask: (B, Q) bool, False at padding.
+            attn_residual: (B, N) question-to-vision attention relative to uniform, or None.
+
+        Returns:
+            (B, N, 2) fp32 logits, drop and keep.
+        """
+        dtype = self.embed_vision.weight.dtype
+        context = torch.cat([self.no_question.expand(len(question), -1, -1), question.to(dtype)], dim=1)
+        mask = F.pad(question_mask, (1, 0), value=True)
+        embedded = self.embed_vision(self.norm_vision(vision.to(dtype)))
+        joint = embedded + self.attention(embedded, self.norm_question(context), mask)
+        logits = self.joint_logits(F.gelu(self.joint_hidden(self.norm_joint(joint)))).float()
+        if attn_residual is not None:
+            residual = self.residual_weight.float() * attn_residual.float()
+            logits = logits + torch.stack([torch.zeros_like(residual), residual], dim=-1)
+        return logits

@@ -1,0 +1,77 @@
+"""`PruneState` (what the model is set to do) and `ForwardRecord` (what one forward pass knows)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .drop import Rows
+from .layout import TokenLayout
+
+MODES = ("origin", "soft", "masked", "hard")
+
+
+@dataclass
+class ForwardRecord:
+    """One prefill or training forward, and the decode steps that reuse its cache.
+
+    Everything is written once: under gradient checkpointing a layer runs again in the backward pass, and what the
+    first run wrote is what later layers and the losses hold on to.
+
+    Attributes:
+        layout: token kinds of the batch as the decoder sees it.
+        mode: the mode the pass ran in.
+        logits: per pruning layer (B, N, 2), over the sample's vision tokens (soft and masked).
+        masks: per pruning layer the cumulative mask, (B, N) fp32 (soft and masked).
+        kept: per pruning layer (B, N) bool, tokens that layer and later ones see.
+        rows: per pruning layer the rows still present (hard).
+        attention_masks: per pruning layer the mask argument its decoder layers take in the running step.
+        full_length: positions seen so far, pruned or not: the length of layer 0's cache.
+        prefix: arguments of the first pruning layer, for the unpruned pass to restart from.
+        features: outputs of the layers that `PruneState.feature_layers` names.
+    """
+
+    layout: TokenLayout
+    mode: str
+    full_length: int
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[int, Rows] = field(default_factory=dict)
+    attention_masks: dict[int, Tensor | None] = field(default_factory=dict)
+    decoding: bool = False
+    prefix: dict[str, Any] | None = None
+    features: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def prefill_length(self) -> int:
+        """Positions of the prefill, T."""
+        return self.layout.valid.shape[1]
+
+    def tokens_per_layer(self, num_layers: int) -> Tensor:
+        """(B, num_layers) long, vision tokens that enter each decoder layer."""
+        counts = self.layout.vision_counts
+        columns = []
+        for layer in range(num_layers):
+            if layer in self.kept:
+                counts = self.kept[layer].sum(-1)
+            columns.append(counts)
+        return torch.stack(columns, dim=-1)
+
+
+@dataclass
+class PruneState:
+    """Settings that every forward reads, plus the layout announced for the next one and the latest record.
+
+    Plain attributes, no context variables: recomputation under checkpointing may run on another thread.
+    """
+
+    mode: str = "origin"
+    temperature: float = 1.0
+    feature_layers: tuple[int, ...] = ()
+    announced: TokenLayout | None = None
+    merger_questions: Tensor | None = None
+    record: ForwardRecord | None = None
