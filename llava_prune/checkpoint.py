@@ -62,7 +62,7 @@ def pruner_state_dict(handle: PruneHandle) -> dict[str, Tensor]:
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary_path)`, flush it to disk, then rename over `path`: a kill leaves the old file or the new."""
+    """Call `write(temporary_path)`, flush to disk, then rename over `path`: a kill leaves the old file or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
     with open(temporary, "rb") as file:
@@ -81,7 +81,7 @@ def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) ->
     Raises:
         ValueError: no pruners attached.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     handle = require_handle(model)
     weights = pruner_state_dict(handle)
@@ -96,7 +96,7 @@ def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) ->
         "prune_config": handle.config.to_dict(),
     }
     metadata = {"format": "pt", "format_version": str(FORMAT_VERSION)}
-    write_atomically(directory / WEIGHTS, lambda path: save_file(weights, path, metadata=metadata))
+    write_atomically(directory / WEIGHTS, lambda path: path.write_bytes(save(weights, metadata)))
     write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
 
 
@@ -108,7 +108,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG} in {directory}: give the output directory of a finished pruner training")
+        raise FileNotFoundError(f"no {CONFIG} in {directory}: give the output directory of a finished training")
     try:
         description = json.loads(path.read_text())
         description["prune_config"], description["base_model"]  # noqa: B018 - both must be there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ def find_decoder(model: nn.Module) -> nn.Module:
             missing = {"hidden_states", "attention_mask", "position_ids"} - parameters.keys()
             if missing or not {"past_key_value", "past_key_values"} & parameters.keys():
                 raise ValueError(
-                    f"{type(layers[0]).__name__}.forward has no {sorted(missing) or 'past_key_value(s)'}: this version "
-                    "of transformers is not supported; install transformers 4.37.2 (LLaVA) or 5.x"
+                    f"{type(layers[0]).__name__}.forward has no {sorted(missing) or 'past_key_value(s)'}: this "
+                    "version of transformers is not supported; install transformers 4.37.2 (LLaVA) or 5.x"
                 )
             return module
     raise ValueError(
@@ -108,3 +109,33 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotary_module(layer: nn.Module) -> nn.Module | None:
     """The layer's own rotary table, where there is one (4.37); its length follows the layer's own, short cache."""
     return getattr(layer.self_attn, "rotary_emb", None)
+
+
+def exclude_frozen_parameters(engine: Any) -> None:
+    """Make a DeepSpeed engine write and expect trainable parameters only.
+
+    The Trainers ask for this for PEFT models alone (and 4.37 then fails to load). A non-strict load drops nothing
+    unseen: trainable weights come back from the optimizer's fp32 partitions, whose shapes are checked.
+    """
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        return save(*args, **{**kwargs, "exclude_frozen_parameters": True})
+
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        return load(*args, **{**kwargs, "load_module_strict": False})
+
+    # the Trainer asks the method's signature which arguments it takes
+    save_checkpoint.__signature__ = inspect.signature(save)
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def loading_numpy_random_state() -> AbstractContextManager:
+    """Let `torch.load` read a Trainer's RNG file: torch >= 2.6 loads weights only, 4.37 does not list numpy's types."""
+    if not hasattr(torch.serialization, "safe_globals"):
+        return nullcontext()
+    import numpy as np
+
+    reconstruct = np.random.get_state()[1].__reduce__()[0]  # numpy.core or numpy._core, by version
+    types = [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    return torch.serialization.safe_globals(types)

@@ -94,8 +94,8 @@ class PruneConfig:
     pruner_weight_decay: float = _field(0.0, "weight decay of pruners and merger")
     disc_lr: float = _field(1e-4, "learning rate of the discriminator")
     train_base: bool = _field(False, "train the language model and projector too (LoRA trains its own either way)")
-    guard_task_loss: float = _field(8.0, "stop when the averaged task loss exceeds this")
-    guard_keep_ratio: float = _field(0.25, "stop when average tokens fall below this share of the target")
+    guard_task_loss: float = _field(4.0, "stop when the task loss is this far above its first logged value")
+    guard_keep_ratio: float = _field(0.1, "stop when average tokens above the floor fall below this share of target's")
 
     def __post_init__(self) -> None:
         for name in ("pruning_layers", "disc_layers"):
@@ -147,7 +147,7 @@ class PruneConfig:
         if self.max_keep is not None and self.max_keep < self.min_keep:
             raise ValueError(f"max_keep {self.max_keep} must be at least min_keep {self.min_keep}")
 
-    # ---- what the targets mean -----------------------------------------------------------------------------------
+    # ---- what the targets mean
 
     def check_layers(self, num_layers: int) -> None:
         """Raises ValueError when a pruning or discriminator layer does not exist in a decoder of `num_layers`."""
@@ -191,7 +191,7 @@ class PruneConfig:
                 "vision tokens. Raise the target or prune at an earlier layer"
             )
 
-    # ---- reading and writing -------------------------------------------------------------------------------------
+    # ---- reading and writing
 
     @classmethod
     def field_names(cls) -> list[str]:

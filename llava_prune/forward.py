@@ -61,13 +61,16 @@ class LayerForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         record = self.state.record
         if record is None or record.mode == "origin":
-            return self.original(*args, **kwargs)
+            output = self.original(*args, **kwargs)
+            if self.state.stock_features is not None and self.index in self.state.feature_layers:
+                self.state.stock_features[self.index] = compat.hidden_states_of(output)
+            return output
         call = self.bind(args, kwargs)
         if record.mode == "hard":
             return self._hard(call, record)
         return self._masked(call, record)
 
-    # ---- soft and masked: every row stays, the mask changes ----------------------------------------------------------
+    # ---- soft and masked: every row stays, the mask changes
 
     def _masked(self, call: dict[str, Any], record: ForwardRecord) -> Any:
         if record.decoding:
@@ -155,7 +158,7 @@ class LayerForward:
         full = values.new_zeros(len(values), length + 1)
         return full.scatter(1, target, values)[:, :length]
 
-    # ---- hard: rows are removed --------------------------------------------------------------------------------------
+    # ---- hard: rows are removed
 
     def _hard(self, call: dict[str, Any], record: ForwardRecord) -> Any:
         if record.decoding:
@@ -248,7 +251,7 @@ class LayerForward:
         if held != expected:
             raise ValueError(
                 f"the key-value cache of decoder layer {self.index} holds {held} positions, but the latest pruned "
-                f"prefill left {expected}: this cache belongs to another prompt or mode. Prefill the whole prompt again"
+                f"prefill left {expected}: this cache is of another prompt or mode. Prefill the whole prompt again"
             )
 
 

@@ -85,7 +85,7 @@ class PruneHandle:
         like = next(llava.get_model().mm_projector.parameters())
         return TokenMerger(llava.config.mm_hidden_size, self.hidden_size, self.config).to(like.device, like.dtype)
 
-    # ---- binding -----------------------------------------------------------------------------------------------------
+    # ---- binding
 
     def _bind(self, module: nn.Module, name: str, function: Any) -> None:
         """Set an instance attribute and remember what the instance had under that name, if anything."""
@@ -148,7 +148,7 @@ class PruneHandle:
     def __exit__(self, *exc: object) -> None:
         self.remove()
 
-    # ---- one forward pass --------------------------------------------------------------------------------------------
+    # ---- one forward pass
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Start a record when the decoder starts on a fresh cache; go on with the old one otherwise."""

@@ -75,3 +75,4 @@ class PruneState:
     announced: TokenLayout | None = None
     merger_questions: Tensor | None = None
     record: ForwardRecord | None = None
+    stock_features: dict[int, Tensor] | None = None

@@ -1,0 +1,115 @@
+"""The discriminator's own training: optimizer, accumulation, all-reduce, step and state.
+
+It stays outside the DeepSpeed engine that holds the model: a plain fp32 module, broadcast once from rank 0, whose
+gradients are averaged by hand. Knows torch.distributed, nothing of Hugging Face.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import PruneConfig
+from .discriminator import Discriminator
+from .losses import discriminator_loss, generator_loss
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class Adversary:
+    """A `Discriminator` with its AdamW.
+
+    Args:
+        hidden_size: width of the decoder.
+        num_layers: decoder layers that the discriminator reads.
+        config: discriminator fields, `gan_loss`, `disc_lr` and `disc_max_accuracy` are read.
+        device: where it lives.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, config: PruneConfig, device: torch.device):
+        self.config = config
+        self.discriminator = Discriminator(hidden_size, num_layers, config).to(device, torch.float32)
+        self.optimizer = torch.optim.AdamW(self.discriminator.parameters(), lr=config.disc_lr, weight_decay=0.0)
+        self._correct: list[Tensor] = []
+        if _world_size() > 1:
+            for tensor in self.discriminator.state_dict().values():
+                dist.broadcast(tensor, src=0)
+
+    def generator_loss(self, fake: list[Tensor], mask: Tensor, weights: Tensor) -> Tensor:
+        """Loss of the pruners for fooling the discriminator, whose own parameters get no gradient.
+
+        Args:
+            fake: one (B, S, hidden_size) a layer, with gradient.
+            mask: (B, S) bool, text positions that count.
+            weights: (B,) 1 for samples with an image.
+        """
+        self.discriminator.requires_grad_(False).eval()
+        loss = generator_loss(self.discriminator(fake, mask), weights, self.config.gan_loss)
+        self.discriminator.requires_grad_(True).train()
+        return loss
+
+    def accumulate(
+        self, real: list[Tensor], fake: list[Tensor], mask: Tensor, weights: Tensor, accumulation: int = 1
+    ) -> dict[str, Tensor]:
+        """Add the gradients of one micro-batch, of detached features.
+
+        Args:
+            accumulation: micro-batches of an optimizer step; the loss is divided by it.
+
+        Returns:
+            `d_loss`, `d_acc_real` and `d_acc_fake`, detached scalars; the accuracies are measured without noise.
+        """
+        real, fake = [x.detach() for x in real], [x.detach() for x in fake]
+        loss = discriminator_loss(
+            self.discriminator(real, mask), self.discriminator(fake, mask), weights, self.config.gan_loss
+        )
+        (loss / accumulation).backward()
+        with torch.no_grad():
+            count = weights.sum().clamp(min=1)
+            self.discriminator.eval()
+            acc_real = ((self.discriminator(real, mask, noise=False) > 0) * weights).sum() / count
+            acc_fake = ((self.discriminator(fake, mask, noise=False) < 0) * weights).sum() / count
+            self.discriminator.train()
+        self._correct.append((acc_real + acc_fake) / 2)
+        return {"d_loss": loss.detach(), "d_acc_real": acc_real, "d_acc_fake": acc_fake}
+
+    def step(self) -> bool:
+        """Average the gradients over ranks and take one step, unless the discriminator is too good already.
+
+        Every rank must call this at the end of every accumulation window, also one whose samples had no image.
+
+        Returns:
+            Whether a step was taken.
+        """
+        parameters = list(self.discriminator.parameters())
+        accuracy = torch.stack(self._correct).mean() if self._correct else torch.zeros((), device=parameters[0].device)
+        self._correct = []
+        flat = torch.cat(
+            [accuracy[None]]
+            + [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+        )
+        if _world_size() > 1:
+            dist.all_reduce(flat)
+            flat /= _world_size()
+        if float(flat[0]) > self.config.disc_max_accuracy:
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        for parameter, gradient in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer state, the same on every rank."""
+        return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; raises if a weight is missing or unexpected."""
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,157 @@
+"""Pruner training in LLaVA's own training code, under the deepspeed launcher.
+
+    deepspeed --module llava_prune.train --deepspeed zero_configs/zero2.json --prune_config avg128 <LLaVA's own flags>
+
+`TrainingArguments`, `LLaVATrainer`, the dataset and the final save are rebound in `llava.train.train`; then its
+`train()` runs as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from .config import PruneConfig
+
+_FLAG_TYPES: dict[str, Any] = {
+    "int": int | None,
+    "int | None": int | None,
+    "float": float | None,
+    "float | None": float | None,
+    "bool": bool | None,
+    "str": str | None,
+    "tuple[int, ...]": list[int] | None,
+}
+_PREFIX = "prune_"
+
+
+def flag_fields() -> list[tuple[str, Any, Any]]:
+    """One optional command line flag `--prune_<field>` for each field of `PruneConfig`, plus `--prune_config`."""
+    fields: list[tuple[str, Any, Any]] = [
+        (
+            "prune_config",
+            str,
+            dataclasses.field(default="default", metadata={"help": "a preset's name, or a YAML or JSON file"}),
+        )
+    ]
+    for item in dataclasses.fields(PruneConfig):
+        metadata = {"help": item.metadata["help"]}
+        kind = _optional(_FLAG_TYPES[str(item.type)])
+        fields.append((_PREFIX + item.name, kind, dataclasses.field(default=None, metadata=metadata)))
+    return fields
+
+
+def _optional(kind: Any) -> Any:
+    """`X | None` as `Optional[X]`, which is what HfArgumentParser of 4.37 reads."""
+    from typing import Optional, get_args
+
+    return Optional[get_args(kind)[0]]  # noqa: UP045
+
+
+def resolve_config(args: Any) -> PruneConfig:
+    """The `PruneConfig` that parsed arguments ask for; raises ValueError as `PruneConfig.load`."""
+    overrides = {name: getattr(args, _PREFIX + name) for name in PruneConfig.field_names()}
+    return PruneConfig.load(args.prune_config, {k: v for k, v in overrides.items() if v is not None})
+
+
+def training_arguments_class(base: type) -> type:
+    """LLaVA's (or Hugging Face's) `TrainingArguments` with the pruning flags; `.prune` is the resolved config."""
+
+    def post_init(self: Any) -> None:
+        given = dict(self.gradient_checkpointing_kwargs or {})
+        if given.get("use_reentrant"):
+            raise ValueError(
+                "reentrant gradient checkpointing leaves the pruners without a gradient: leave use_reentrant out of "
+                "gradient_checkpointing_kwargs, or set it to False"
+            )
+        self.gradient_checkpointing_kwargs = {**given, "use_reentrant": False}
+        base.__post_init__(self)
+        object.__setattr__(self, "prune", resolve_config(self))
+
+    return dataclasses.make_dataclass(
+        "PruneTrainingArguments", flag_fields(), bases=(base,), namespace={"__post_init__": post_init}
+    )
+
+
+def use_cpu_where_there_is_no_gpu() -> None:
+    """DeepSpeed on CPU ranks: accelerate 0.27 would ask for NCCL unless the process group exists already."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if "LOCAL_RANK" in os.environ:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+
+
+def bind_llava_training(module: Any) -> None:
+    """Put the pruning classes in place of LLaVA's in `llava.train.train`."""
+    from .data_check import NamedErrors
+    from .trainer import PruneTrainerMixin
+
+    class PruneTrainer(PruneTrainerMixin, module.LLaVATrainer):
+        pass
+
+    make_data = module.make_supervised_data_module
+
+    def make_checked_data(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        data = make_data(*args, **kwargs)
+        return {**data, "train_dataset": NamedErrors(data["train_dataset"])}
+
+    def save_at_the_end(trainer: Any, output_dir: str) -> None:
+        # pruners were saved by the trainer; a base that was trained is saved beside them
+        if trainer.prune.train_base:
+            trainer.save_model(output_dir)
+
+    module.TrainingArguments = training_arguments_class(module.TrainingArguments)
+    module.LLaVATrainer = PruneTrainer
+    module.make_supervised_data_module = make_checked_data
+    module.safe_save_model_for_hf_trainer = save_at_the_end
+
+
+def check_before_loading(module: Any) -> None:
+    """Parse the command line and read the data before the model is loaded; raises ValueError."""
+    import transformers
+
+    from .data_check import check_training_data
+
+    parser = transformers.HfArgumentParser((module.ModelArguments, module.DataArguments, module.TrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+    if model_args.vision_tower is None:
+        raise ValueError(
+            "--vision_tower is not given: without it LLaVA trains a text-only model; give the base model's own tower, "
+            "e.g. openai/clip-vit-large-patch14-336"
+        )
+    if data_args.data_path is None:
+        raise ValueError("--data_path is not given: a JSON file in LLaVA's conversation format")
+    # by class: hub configs of LLaVA-1.5 name a model_type that transformers gives to its own LLaVA
+    base = module.LlavaLlamaForCausalLM.config_class.from_pretrained(model_args.model_name_or_path)
+    training_args.prune.check_layers(base.num_hidden_layers)
+    if training_args.prune.alignment in ("gan", "mse", "mean_var"):
+        training_args.prune.disc_layer_indices(base.num_hidden_layers)
+    if training_args.local_rank in (-1, 0):
+        check_training_data(data_args.data_path, data_args.image_folder)
+
+
+def main() -> None:
+    """Train pruners with the command line of LLaVA's `train.py` plus the `--prune_*` flags."""
+    import sys
+
+    import llava.train.train as llava_train
+
+    use_cpu_where_there_is_no_gpu()
+    bind_llava_training(llava_train)
+    try:
+        check_before_loading(llava_train)
+    except ValueError as error:
+        sys.exit(f"llava_prune: {error}")
+    llava_train.train()
+
+
+if __name__ == "__main__":
+    main()

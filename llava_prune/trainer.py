@@ -1,0 +1,300 @@
+"""`PruneTrainerMixin`: adversarial pruner training on top of LLaVATrainer (or any Hugging Face Trainer).
+
+One optimizer step: the pruned pass with gradient, the unpruned pass from the hidden states recorded before the first
+pruner, one summed loss and one backward through the engine; then the discriminator's own step outside of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import set_seed
+
+from . import compat
+from .adversary import Adversary
+from .checkpoint import read_weights, save_pruners
+from .config import PruneConfig
+from .layout import gather_rows, padded_index
+from .losses import kl_loss, mean_var_loss, mse_loss
+from .objective import budget_terms
+from .patch import attach_pruners, prune_mode
+from .sampling import SeededSampler
+from .schedules import ScheduleValues, schedule
+from .state import ForwardRecord
+from .turns import supervise_one_turn
+
+ADVERSARY_FILE = "adversary.pt"
+
+
+class TrainingCollapsed(RuntimeError):
+    """The keep ratio or the task loss left its band; the last checkpoint is from before."""
+
+
+class PruneTrainerMixin:
+    """Put before a Trainer class: `class PruneTrainer(PruneTrainerMixin, LLaVATrainer)`.
+
+    Its training arguments carry `prune`, a `PruneConfig`, and may carry LLaVA's `lora_enable`.
+    """
+
+    loss_is_scaled_for_ga = False  # transformers 5: the trainer divides by the accumulation steps
+
+    def __init__(self, model: nn.Module, args: Any, **kwargs: Any):
+        self.prune: PruneConfig = args.prune
+        set_seed(args.seed)  # the host seeds later than the pruners are made
+        self.prune_handle = attach_pruners(model, self.prune)
+        state = self.prune_handle.state
+        num_layers = self.prune_handle.num_layers
+        if self.prune.alignment == "kl":
+            state.feature_layers = (num_layers - 1,)
+        elif self.prune.alignment != "none":
+            state.feature_layers = self.prune.disc_layer_indices(num_layers)
+        self.lora = bool(getattr(args, "lora_enable", False))
+        _set_trainable(model, self.prune_handle.pruners, self.prune, self.lora)
+        if self.prune.train_base:
+            # what comes out is another model than the one that went in
+            model.config.llava_prune_base = Path(args.output_dir).name
+        _match_vision_dtype(model, args)
+        super().__init__(model=model, args=args, **kwargs)
+        self.adversary = None
+        if self.prune.alignment == "gan":
+            self.adversary = Adversary(
+                self.prune_handle.hidden_size, len(state.feature_layers), self.prune, args.device
+            )
+        self._features: tuple[list[Tensor], list[Tensor], Tensor, Tensor] | None = None
+        self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self._leave_frozen_out_of_checkpoints()
+
+    # ---- optimizer and data
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The host's optimizer, with pruners and merger in a group of their own learning rate."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if created:
+            own = [p for p in self.prune_handle.pruners.parameters() if p.requires_grad]
+            ids = {id(p) for p in own}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ids]
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+            optimizer.add_param_group(
+                {"params": own, "lr": self.prune.pruner_lr, "weight_decay": self.prune.pruner_weight_decay}
+            )
+        return optimizer
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        return None if sampler is None else SeededSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
+
+    # ---- one step
+
+    def _schedule(self) -> ScheduleValues:
+        return schedule(self.prune, self.state.global_step, self.state.max_steps)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Generator step inside the engine, then the discriminator's outside of it."""
+        values = self._schedule()
+        state = self.prune_handle.state
+        state.temperature = values.temperature
+        # the mode must hold through the backward pass, where checkpointed layers run again
+        with prune_mode(self.model, "masked" if values.masked else "soft"):
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.adversary is not None:
+            self._train_adversary()
+        state.record = None
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """All generator terms in one scalar; `return_outputs` as in Trainer."""
+        values = self._schedule()
+        state = self.prune_handle.state
+        inputs = supervise_one_turn(inputs, torch.rand(len(inputs["input_ids"])))
+        outputs = model(**inputs)
+        record = state.record
+        terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)
+        terms["task"] = outputs.loss
+        if state.feature_layers:
+            terms["adversarial"] = self._alignment(record, inputs, outputs)
+        weights = {
+            "task": values.task_weight,
+            "adversarial": values.adversarial_weight,
+            "sparsity": self.prune.sparsity_weight,
+            "token_count": self.prune.token_count_weight,
+            "binarization": self.prune.binarization_weight,
+        }
+        loss = sum(weights[name] * term for name, term in terms.items())
+        self._note({f"loss/{name}": term for name, term in terms.items()} | metrics)
+        self._note({"prune/temperature": torch.tensor(values.temperature)})
+        return (loss, outputs) if return_outputs else loss
+
+    def _alignment(self, record: ForwardRecord, inputs: dict[str, Any], outputs: Any) -> Tensor:
+        """The term that holds pruned text hidden states (or logits) to the unpruned ones."""
+        config, state = self.prune, self.prune_handle.state
+        index, mask = padded_index(record.layout.text_after_image)
+        real_index = index
+        if self.prune_handle.pruners.merger is None:
+            real_features = self.prune_handle.unpruned_features(record)
+        else:
+            real_features, real_index = self._features_without_merger(inputs)
+        fake = [gather_rows(record.features[layer], index) for layer in state.feature_layers]
+        real = [gather_rows(real_features[layer], real_index) for layer in state.feature_layers]
+        if config.alignment == "mse":
+            return mse_loss(fake, real, mask)
+        if config.alignment == "mean_var":
+            return mean_var_loss(fake, real, mask)
+        if config.alignment == "kl":
+            head = self.model.get_output_embeddings()
+            with torch.no_grad():
+                real_logits = head(self.prune_handle.decoder.norm(real[-1]))
+            return kl_loss(gather_rows(outputs.logits, index), real_logits, mask)
+        weights = (record.layout.vision_counts > 0).float()
+        self._features = (real, [x.detach() for x in fake], mask, weights)
+        return self.adversary.generator_loss(fake, mask, weights)
+
+    @torch.no_grad()
+    def _features_without_merger(self, inputs: dict[str, Any]) -> tuple[dict[int, Tensor], Tensor]:
+        """The stock pass from the start: with a merger there is no shared prefix to restart from."""
+        state = self.prune_handle.state
+        fake_record = state.record
+        with prune_mode(self.model, "origin"):
+            state.stock_features = {}
+            self.model(**inputs)
+            features, state.stock_features = state.stock_features, None
+        index, _ = padded_index(state.record.layout.text_after_image)
+        state.record = fake_record
+        return features, index
+
+    def _train_adversary(self) -> None:
+        if self._features is not None:
+            real, fake, mask, weights = self._features
+            self._features = None
+            metrics = self.adversary.accumulate(real, fake, mask, weights, self.args.gradient_accumulation_steps)
+            self._note({f"gan/{name}": value for name, value in metrics.items()})
+        if self.accelerator.sync_gradients:
+            stepped = self.adversary.step()
+            self._note({"gan/d_stepped": torch.tensor(float(stepped))})
+
+    # ---- logging and guards
+
+    def _note(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._metrics[name].append(value.detach().float())
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the metrics noted since the last call, averaged over steps and ranks, and checks the guards."""
+        metrics = {}
+        if "loss" in logs and self._metrics:
+            names = list(self._metrics)
+            device = self.args.device
+            averages = torch.stack([torch.stack([v.to(device) for v in self._metrics[n]]).mean() for n in names])
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(averages)
+                averages /= dist.get_world_size()
+            metrics = dict(zip(names, (round(value, 6) for value in averages.tolist()), strict=True))
+            self._metrics.clear()
+        super().log({**logs, **metrics}, *args, **kwargs)
+        if metrics:
+            self._check_guards(metrics)
+
+    def _check_guards(self, metrics: dict[str, float]) -> None:
+        first = next(entry["loss/task"] for entry in self.state.log_history if "loss/task" in entry)
+        if not metrics["loss/task"] <= first + self.prune.guard_task_loss:
+            raise TrainingCollapsed(
+                f"task loss {metrics['loss/task']:.3g} at step {self.state.global_step} is more than guard_task_loss "
+                f"{self.prune.guard_task_loss:g} above its start, {first:.3g}: the pruners throw away what the answer "
+                "needs. Lower pruner_lr or adversarial_weight_end, or ease the target in over a longer time; the last "
+                f"checkpoint in {self.args.output_dir} is from before"
+            )
+        floor = self.prune.pruning_layers[0] / self.prune_handle.num_layers
+        room = metrics["prune/target_ratio"] - floor
+        used = metrics["prune/keep_ratio"] - floor
+        if used < self.prune.guard_keep_ratio * room:
+            raise TrainingCollapsed(
+                f"average tokens fell to {metrics['prune/keep_ratio']:.1%} of the vision tokens at step "
+                f"{self.state.global_step}, target {metrics['prune/target_ratio']:.1%}: keep ratio collapsed. Lower "
+                "pruner_lr or raise task_weight_start; the last checkpoint in "
+                f"{self.args.output_dir} is from before"
+            )
+
+    # ---- saving and resuming
+
+    def _leave_frozen_out_of_checkpoints(self) -> None:
+        """Have the engine, once it is made, save trainable parameters only; the base is loaded from its own files."""
+        prepare = self.accelerator.prepare
+
+        def prepare_and_bind(*args: Any, **kwargs: Any) -> Any:
+            prepared = prepare(*args, **kwargs)
+            for item in prepared if isinstance(prepared, tuple) else (prepared,):
+                if hasattr(item, "save_checkpoint") and hasattr(item, "load_checkpoint"):
+                    compat.exclude_frozen_parameters(item)
+            return prepared
+
+        self.accelerator.prepare = prepare_and_bind
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the host does, then save the pruners to the output directory."""
+        result = super().train(*args, **kwargs)
+        save_pruners(self.model, self.args.output_dir, write=self.args.should_save)
+        # LLaVA's LoRA saving collects whatever is trainable; the pruners have a file of their own
+        self.prune_handle.pruners.requires_grad_(False)
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Pruners alone, and the whole model if the base was trained."""
+        output_dir = output_dir or self.args.output_dir
+        if self.prune.train_base and not self.lora:
+            super().save_model(output_dir, _internal_call)
+        save_pruners(self.model, output_dir, write=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {k: v for k, v in state_dict.items() if ".llava_pruners." not in k})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.adversary is not None and self.args.should_save:
+            torch.save(self.adversary.state_dict(), Path(output_dir) / ADVERSARY_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.adversary is not None:
+            path = Path(checkpoint) / ADVERSARY_FILE
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{checkpoint} has no {ADVERSARY_FILE}: it was not written by this training, or with another "
+                    "alignment than 'gan'; remove it or use another output_dir"
+                )
+            self.adversary.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with compat.loading_numpy_random_state():
+            super()._load_rng_state(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Only called without DeepSpeed."""
+        if self.prune.train_base or self.lora:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
+
+
+def _set_trainable(model: nn.Module, pruners: nn.Module, config: PruneConfig, lora: bool) -> None:
+    """Freeze the base unless it is to be trained; LoRA keeps what LLaVA made trainable."""
+    flags = {name: parameter.requires_grad for name, parameter in pruners.named_parameters()}
+    if not config.train_base and not lora:
+        model.requires_grad_(False)
+        if getattr(model, "_require_grads_hook", None) is not None:
+            # gradients through frozen layers before the first pruner would keep their activations for nothing
+            model.disable_input_require_grads()
+    for name, parameter in pruners.named_parameters():
+        parameter.requires_grad_(flags[name])
+
+
+def _match_vision_dtype(model: nn.Module, args: Any) -> None:
+    """LLaVA casts the vision tower to fp16 when the run is fp32; give it the run's precision."""
+    llava = compat.find_llava(model)
+    if llava is not None and not (args.fp16 or args.bf16) and llava.get_vision_tower() is not None:
+        llava.get_vision_tower().float()
