@@ -131,7 +131,7 @@ def exclude_frozen_parameters(engine: Any) -> None:
 
 
 def loading_numpy_random_state() -> AbstractContextManager:
-    """Let `torch.load` read a Trainer's RNG file: torch >= 2.6 loads weights only, 4.37 does not list numpy's types."""
+    """Let `torch.load` read a Trainer's RNG file: torch >= 2.6 loads weights only, 4.37 lists no numpy types."""
     if not hasattr(torch.serialization, "safe_globals"):
         return nullcontext()
     import numpy as np

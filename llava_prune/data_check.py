@@ -97,6 +97,6 @@ class NamedErrors:
         except OSError as error:
             sample = self.dataset.list_data_dict[index]
             raise ValueError(
-                f"sample {index} (id {sample.get('id')!r}): image {sample.get('image')!r} can not be decoded ({error})."
-                " Repair or remove it and start the same command again: it resumes from the last checkpoint"
+                f"sample {index} (id {sample.get('id')!r}): image {sample.get('image')!r} can not be decoded ({error})"
+                ". Repair or remove it and start the same command again: it resumes from the last checkpoint"
             ) from error
