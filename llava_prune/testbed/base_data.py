@@ -1,0 +1,88 @@
+"""Training batches for the tiny LLaVA: token ids made on CPU workers, pixels put together where the pictures lie."""
+
+from collections.abc import Iterator
+from random import Random
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .mosaic import MosaicSampler
+from .questions import KINDS
+
+GRID = (3, 3)
+LONGEST_TEXT = 64
+
+
+class Conversations(IterableDataset):
+    """Endless batches of conversations about 3 x 3 mosaics.
+
+    Each batch is `cells` (B, 9) picture indices, `ids` (B, T) the text after the picture, padded with 0 to T =
+    `LONGEST_TEXT`, `answers` (B, T) bool, true on the tokens of the answers and their `</s>`, and `kinds` (B,) the
+    kind of the first turn.
+
+    Args:
+        groups: picture indices by label.
+        turn: as made by `tokens.conversation_ids`.
+        batch_size: conversations a batch.
+        most_turns: each conversation has 1 to this many turns, equally likely.
+        seed: each worker draws its own stream from it.
+    """
+
+    def __init__(self, groups, turn, batch_size: int, most_turns: int, seed: int):
+        self.groups, self.turn, self.batch_size, self.most_turns, self.seed = (
+            groups,
+            turn,
+            batch_size,
+            most_turns,
+            seed,
+        )
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        worker = get_worker_info()
+        rng = Random(f"{self.seed} {worker.id if worker else 0}")
+        sampler = MosaicSampler(self.groups, GRID, rng)
+        while True:
+            yield self._batch(sampler, rng)
+
+    def _batch(self, sampler: MosaicSampler, rng: Random) -> tuple[torch.Tensor, ...]:
+        cells, kinds = [], []
+        ids = torch.zeros(self.batch_size, LONGEST_TEXT, dtype=torch.long)
+        answers = torch.zeros(self.batch_size, LONGEST_TEXT, dtype=torch.bool)
+        for row in range(self.batch_size):
+            kinds.append(rng.randrange(len(KINDS)))
+            mosaic = sampler.draw(KINDS[kinds[-1]], rng.randint(1, self.most_turns))
+            cells.append(mosaic.pictures)
+            text, marks = [], []
+            for number, turn in enumerate(mosaic.turns):
+                part, answer = self.turn(turn.question, turn.answer, number == 0)
+                text += part
+                marks += [False] * (len(part) - answer) + [True] * answer
+            ids[row, : len(text)] = torch.tensor(text)
+            answers[row, : len(text)] = torch.tensor(marks)
+        return torch.tensor(cells), ids, answers, torch.tensor(kinds)
+
+
+def paint_batch(images: torch.Tensor, cells: torch.Tensor, processor, flip: bool) -> torch.Tensor:
+    """Mosaics as the model's pixels.
+
+    Args:
+        images: (N, 3, 64, 64) uint8, the pictures.
+        cells: (B, 9) indices into them.
+        processor: the CLIP image processor, for its mean and deviation.
+        flip: mirror each picture at random, left to right and top to bottom.
+
+    Returns:
+        (B, 3, 192, 192) float, normalised as the processor does.
+    """
+    tiles = images[cells].float()
+    if flip:
+        for axis in (-1, -2):
+            mirrored = torch.rand(*cells.shape, 1, 1, 1, device=tiles.device) < 0.5
+            tiles = torch.where(mirrored, tiles.flip(axis), tiles)
+    batch, _, channels, side, _ = tiles.shape
+    rows, columns = GRID
+    tiles = tiles.view(batch, rows, columns, channels, side, side).permute(0, 3, 1, 4, 2, 5)
+    mean, deviation = (
+        torch.tensor(x, device=tiles.device).view(3, 1, 1) for x in (processor.image_mean, processor.image_std)
+    )
+    return (tiles.reshape(batch, channels, rows * side, columns * side) / 255 - mean) / deviation
