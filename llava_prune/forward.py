@@ -79,6 +79,11 @@ class LayerForward:
             call["attention_mask"] = self._decide_masks(call, record)
         else:
             call["attention_mask"] = record.attention_masks[self.segment]
+        hidden = call["hidden_states"]
+        if torch.is_grad_enabled() and self.layer.training and not hidden.requires_grad:
+            # fused SDPA keeps what the bias gradient needs only if query, key or value need a gradient, and nothing
+            # before the first pruner of a frozen base does
+            call["hidden_states"] = hidden.detach().requires_grad_()
         output = self.original(**call)
         if self.index in self.state.feature_layers:
             record.features.setdefault(self.index, compat.hidden_states_of(output))
