@@ -96,8 +96,8 @@ def print_table(results: dict[str, Any]) -> None:
         )
     Console(width=140).print(table)
     print(
-        f"hard keeps {results['hard_over_origin_accuracy']:.1%} of origin's accuracy with {results['token_ratio']:.1%} "
-        "of its vision tokens"
+        f"hard keeps {results['hard_over_origin_accuracy']:.1%} of origin's accuracy with {results['token_ratio']:.1%}"
+        " of its vision tokens"
     )
 
 
