@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -139,3 +139,20 @@ def loading_numpy_random_state() -> AbstractContextManager:
     reconstruct = np.random.get_state()[1].__reduce__()[0]  # numpy.core or numpy._core, by version
     types = [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     return torch.serialization.safe_globals(types)
+
+
+@contextmanager
+def as_model_with_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the block a quantised base passes the Trainers' check for trainable adapters, which the pruners are.
+
+    They look for PEFT's own mark and refuse any other kind of adapter on a 4- or 8-bit model.
+    """
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before

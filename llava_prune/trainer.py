@@ -59,7 +59,8 @@ class PruneTrainerMixin:
             # what comes out is another model than the one that went in
             model.config.llava_prune_base = Path(args.output_dir).name
         _match_vision_dtype(model, args)
-        super().__init__(model=model, args=args, **kwargs)
+        with compat.as_model_with_adapters(model):
+            super().__init__(model=model, args=args, **kwargs)
         self.adversary = None
         if self.prune.alignment == "gan":
             self.adversary = Adversary(

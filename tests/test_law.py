@@ -1,4 +1,4 @@
-"""The one law: masked and hard agree at every text position, and keeping everything is the stock model, bit for bit."""
+"""The one law: masked and hard agree at every text position; keeping everything is the stock model, bit for bit."""
 
 import pytest
 import torch
