@@ -6,6 +6,7 @@ pruner, one summed loss and one backward through the engine; then the discrimina
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -199,26 +200,32 @@ class PruneTrainerMixin:
             self._metrics.clear()
         super().log({**logs, **metrics}, *args, **kwargs)
         if metrics:
-            self._check_guards(metrics)
+            self._check_guards()
 
-    def _check_guards(self, metrics: dict[str, float]) -> None:
-        first = next(entry["loss/task"] for entry in self.state.log_history if "loss/task" in entry)
-        if not metrics["loss/task"] <= first + self.prune.guard_task_loss:
+    def _check_guards(self) -> None:
+        """Stop when the last `guard_patience` logs all lie outside the band; single batches may well do."""
+        config, patience = self.prune, self.prune.guard_patience
+        entries = [entry for entry in self.state.log_history if "loss/task" in entry]
+        if len(entries) < 2 * patience:
+            return
+        recent = entries[-patience:]
+        start = statistics.median(entry["loss/task"] for entry in entries[:patience])
+        advice = f"; the last checkpoint in {self.args.output_dir} is from before this message"
+        if not any(entry["loss/task"] <= start + config.guard_task_loss for entry in recent):
             raise TrainingCollapsed(
-                f"task loss {metrics['loss/task']:.3g} at step {self.state.global_step} is more than guard_task_loss "
-                f"{self.prune.guard_task_loss:g} above its start, {first:.3g}: the pruners throw away what the answer "
-                "needs. Lower pruner_lr or adversarial_weight_end, or ease the target in over a longer time; the last "
-                f"checkpoint in {self.args.output_dir} is from before"
+                f"task loss {recent[-1]['loss/task']:.3g} at step {self.state.global_step} stays more than "
+                f"guard_task_loss {config.guard_task_loss:g} above its start, {start:.3g}: the pruners drop what "
+                "the answer needs. Lower pruner_lr or adversarial_weight_end, or raise target_warmup_ratio" + advice
             )
-        floor = self.prune.pruning_layers[0] / self.prune_handle.num_layers
-        room = metrics["prune/target_ratio"] - floor
-        used = metrics["prune/keep_ratio"] - floor
-        if used < self.prune.guard_keep_ratio * room:
+        floor = config.pruning_layers[0] / self.prune_handle.num_layers
+        if not any(
+            entry["prune/keep_ratio"] - floor >= config.guard_keep_ratio * (entry["prune/target_ratio"] - floor)
+            for entry in recent
+        ):
             raise TrainingCollapsed(
-                f"average tokens fell to {metrics['prune/keep_ratio']:.1%} of the vision tokens at step "
-                f"{self.state.global_step}, target {metrics['prune/target_ratio']:.1%}: keep ratio collapsed. Lower "
-                "pruner_lr or raise task_weight_start; the last checkpoint in "
-                f"{self.args.output_dir} is from before"
+                f"average tokens stay at {recent[-1]['prune/keep_ratio']:.1%} of the vision tokens at step "
+                f"{self.state.global_step}, target {recent[-1]['prune/target_ratio']:.1%}: the keep ratio collapsed. "
+                "Lower pruner_lr or raise task_weight_start" + advice
             )
 
     # ---- saving and resuming
