@@ -111,6 +111,14 @@ def rotary_module(layer: nn.Module) -> nn.Module | None:
     return getattr(layer.self_attn, "rotary_emb", None)
 
 
+def leave_accumulation_to_the_engine(engine: Any) -> None:
+    """accelerate 0.27 enters the engine's `no_sync` between accumulated micro-batches, which ZeRO-2 and 3 refuse.
+
+    The engine counts micro-batches itself; newer accelerate no longer asks.
+    """
+    engine.no_sync = nullcontext
+
+
 def exclude_frozen_parameters(engine: Any) -> None:
     """Make a DeepSpeed engine write and expect trainable parameters only.
 

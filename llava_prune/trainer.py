@@ -69,7 +69,7 @@ class PruneTrainerMixin:
             )
         self._features: tuple[list[Tensor], list[Tensor], Tensor, Tensor] | None = None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        self._leave_frozen_out_of_checkpoints()
+        self._adapt_engine_once_made()
 
     # ---- optimizer and data
 
@@ -230,8 +230,8 @@ class PruneTrainerMixin:
 
     # ---- saving and resuming
 
-    def _leave_frozen_out_of_checkpoints(self) -> None:
-        """Have the engine, once it is made, save trainable parameters only; the base is loaded from its own files."""
+    def _adapt_engine_once_made(self) -> None:
+        """Have DeepSpeed save trainable parameters only, since the base is loaded from its own files."""
         prepare = self.accelerator.prepare
 
         def prepare_and_bind(*args: Any, **kwargs: Any) -> Any:
@@ -239,6 +239,7 @@ class PruneTrainerMixin:
             for item in prepared if isinstance(prepared, tuple) else (prepared,):
                 if hasattr(item, "save_checkpoint") and hasattr(item, "load_checkpoint"):
                     compat.exclude_frozen_parameters(item)
+                    compat.leave_accumulation_to_the_engine(item)
             return prepared
 
         self.accelerator.prepare = prepare_and_bind
