@@ -235,7 +235,8 @@ class PruneTrainerMixin:
         prepare = self.accelerator.prepare
 
         def prepare_and_bind(*args: Any, **kwargs: Any) -> Any:
-            prepared = prepare(*args, **kwargs)
+            with compat.as_model_with_adapters(self.model):
+                prepared = prepare(*args, **kwargs)
             for item in prepared if isinstance(prepared, tuple) else (prepared,):
                 if hasattr(item, "save_checkpoint") and hasattr(item, "load_checkpoint"):
                     compat.exclude_frozen_parameters(item)
