@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from . import compat
 from .adversary import Adversary
-from .checkpoint import read_weights, save_pruners
+from .checkpoint import read_description, read_weights, save_pruners
 from .config import PruneConfig
 from .layout import gather_rows, padded_index
 from .losses import kl_loss, mean_var_loss, mse_loss
@@ -270,6 +270,8 @@ class PruneTrainerMixin:
             torch.save(self.adversary.state_dict(), Path(output_dir) / ADVERSARY_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._check_same_settings(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.adversary is not None:
             path = Path(checkpoint) / ADVERSARY_FILE
@@ -279,6 +281,16 @@ class PruneTrainerMixin:
                     "alignment than 'gan'; remove it or use another output_dir"
                 )
             self.adversary.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
+
+    def _check_same_settings(self, checkpoint: str) -> None:
+        """A run that is started again goes on; one with other settings must not go on with these weights."""
+        written, now = read_description(checkpoint)["prune_config"], self.prune.to_dict()
+        changed = sorted(name for name in now if written.get(name) != now[name])
+        if changed:
+            raise ValueError(
+                f"{checkpoint} was written with other settings of {changed}: use another output_dir, or remove the "
+                "checkpoints to train anew"
+            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with compat.loading_numpy_random_state():

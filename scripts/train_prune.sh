@@ -16,14 +16,14 @@ ROOT=$PWD
 MODEL=${MODEL:-}                       # a LLaVA checkpoint; empty: the testbed's
 DATA=${DATA:-}                         # LLaVA conversation JSON
 IMAGES=${IMAGES:-}                     # folder that its image paths are relative to
-OUT=${OUT:-outputs/${MODEL:+$(basename "$MODEL")-}prune}
+SEED=${SEED:-0}
+OUT=${OUT:-outputs/${MODEL:+$(basename "$MODEL")-}prune$([ "$SEED" = 0 ] || echo "-seed$SEED")}
 GPUS=${GPUS:-}                         # processes on this machine; empty: all GPUs, or 2 on a CPU
 ZERO=${ZERO:-2}                        # 2, 3, 2_offload or 3_offload
 PRESET=${PRESET:-}                     # a preset's name or a YAML file
 LORA=${LORA:-0}
 BITS=${BITS:-16}
 HOSTFILE=${HOSTFILE:-}
-SEED=${SEED:-0}
 PORT=${PORT:-29500}
 
 bash scripts/setup.sh

@@ -111,6 +111,8 @@ def test_a_truncated_checkpoint_folder_is_not_taken(testbed, tmp_path):
     shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "tmp-checkpoint-3")
     (tmp_path / "tmp-checkpoint-3" / "adversary.pt").unlink()
     assert train(testbed, tmp_path, **flags)[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-5)
+    with pytest.raises(AssertionError, match="other settings of .*sparsity_weight"):
+        train(testbed, tmp_path, **flags, prune_sparsity_weight=3.0)
 
 
 def test_lora_trains_beside_the_pruners_and_both_are_saved(testbed, tmp_path):
