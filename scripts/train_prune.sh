@@ -17,14 +17,24 @@ MODEL=${MODEL:-}                       # a LLaVA checkpoint; empty: the testbed'
 DATA=${DATA:-}                         # LLaVA conversation JSON
 IMAGES=${IMAGES:-}                     # folder that its image paths are relative to
 SEED=${SEED:-0}
-OUT=${OUT:-outputs/${MODEL:+$(basename "$MODEL")-}prune$([ "$SEED" = 0 ] || echo "-seed$SEED")}
+OUT=${OUT:-}                           # empty: a folder under outputs/ named after all this
 GPUS=${GPUS:-}                         # processes on this machine; empty: all GPUs, or 2 on a CPU
 ZERO=${ZERO:-2}                        # 2, 3, 2_offload or 3_offload
 PRESET=${PRESET:-}                     # a preset's name or a YAML file
-LORA=${LORA:-0}
-BITS=${BITS:-16}
-HOSTFILE=${HOSTFILE:-}
+LORA=${LORA:-0}                        # 1: LoRA on the language model too
+BITS=${BITS:-16}                       # 4 or 8: quantised base
+HOSTFILE=${HOSTFILE:-}                 # DeepSpeed's list of machines
 PORT=${PORT:-29500}
+
+NAME=${MODEL:+$(basename "$MODEL")-}prune
+[ "$SEED" = 0 ] || NAME=$NAME-seed$SEED
+if [ "$LORA" = 1 ]; then
+    # LLaVA's loader tells a LoRA checkpoint by its folder's name
+    NAME=$([ -n "$MODEL" ] || echo llava-mosaic-)$NAME-lora
+    [[ -z "$OUT" || "$(basename "$OUT")" == *llava*lora* ]] || {
+        echo "train_prune.sh: with LORA=1 the last part of OUT must contain 'llava' and 'lora', not $OUT" >&2; exit 2; }
+fi
+OUT=${OUT:-outputs/$NAME}
 
 bash scripts/setup.sh
 export PATH=$ROOT/.venv/bin:$PATH
@@ -115,9 +125,11 @@ fi
     --seed "$SEED" \
     "$@"
 
+CHECKPOINT=(--model-path "$MODEL")
+[ "$LORA" != 1 ] || CHECKPOINT=(--model-path "$OUT" --model-base "$MODEL")
 if [ -z "$TESTBED" ]; then
     echo "pruners are in $OUT; answer any LLaVA benchmark with them:"
-    echo "  python -m llava_prune run --pruners $OUT --mode hard -m llava.eval.model_vqa_loader --model-path $MODEL ..."
+    echo "  python -m llava_prune run --pruners $OUT --mode hard -m llava.eval.model_vqa_loader ${CHECKPOINT[*]} ..."
     exit 0
 fi
 
@@ -127,7 +139,7 @@ evaluate() {
         --mode "$1" \
         --report "$OUT/$1.report.jsonl" \
         -m llava.eval.model_vqa_loader \
-        --model-path "$MODEL" \
+        "${CHECKPOINT[@]}" \
         --image-folder "$IMAGES" \
         --question-file "$TESTBED/test.jsonl" \
         --answers-file "$OUT/$1.jsonl" \
