@@ -65,7 +65,9 @@ class LayerForward:
             if self.state.stock_features is not None and self.index in self.state.feature_layers:
                 self.state.stock_features[self.index] = compat.hidden_states_of(output)
             return output
-        call = self.bind(args, kwargs)
+        device = compat.execution_device(self.layer)
+        call = compat.on_device(self.bind(args, kwargs), device)
+        record.move(device)
         if record.mode == "hard":
             return self._hard(call, record)
         return self._masked(call, record)
@@ -87,7 +89,8 @@ class LayerForward:
     def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
         hidden, layout = call["hidden_states"], record.layout
         if self.index == self.config.pruning_layers[0] and self.state.feature_layers and record.prefix is None:
-            record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
+            prefix = compat.without_cache(call)
+            record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in prefix.items()}
         before = [layer for layer in self.config.pruning_layers if layer < self.index]
         past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()
         past_kept = record.kept[before[-1]] if before else layout.vision_valid
@@ -226,6 +229,8 @@ class LayerForward:
         if call.get("position_embeddings") is not None:
             cos, sin = call["position_embeddings"]
             call["position_embeddings"] = (rows.take(cos, 1), rows.take(sin, 1))
+            # with tables given, 5.x reads the numbers only to tell packed sequences apart, and gaps look like those
+            call["position_ids"] = None
 
     def _hard_decode_mask(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
         rows = record.rows[self.segment]

@@ -51,6 +51,15 @@ class ForwardRecord:
         """Positions of the prefill, T."""
         return self.layout.valid.shape[1]
 
+    def move(self, device: torch.device) -> None:
+        """Follow the hidden states to another device, where `device_map` spreads the layers over several."""
+        if self.layout.valid.device == device:
+            return
+        self.layout = self.layout.to(device)
+        for table in (self.logits, self.masks, self.kept, self.rows, self.attention_masks):
+            for layer, value in table.items():
+                table[layer] = None if value is None else value.to(device)
+
     def tokens_per_layer(self, num_layers: int) -> Tensor:
         """(B, num_layers) long, vision tokens that enter each decoder layer."""
         counts = self.layout.vision_counts
