@@ -89,7 +89,7 @@ def attention_backend(decoder: nn.Module) -> str:
     slides = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
     if slides and getattr(config, "use_sliding_window", True):
         raise ValueError(
-            f"sliding window attention (window {window}) is not supported: where prompts stay shorter than the window, "
+            f"sliding window attention (window {window}) is not supported: where prompts stay shorter than the window "
             "set sliding_window (and use_sliding_window) of the text config to None before loading the model"
         )
     return backend
@@ -237,3 +237,14 @@ def loading_numpy_random_state() -> AbstractContextManager:
     reconstruct = np.random.get_state()[1].__reduce__()[0]  # numpy.core or numpy._core, by version
     types = [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     return torch.serialization.safe_globals(types)
+
+
+def llava_image_processor_class() -> type:
+    """LLaVA's image processor of 5.x; without torchvision its first name raises on use, the PIL one works."""
+    import transformers
+
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return transformers.LlavaImageProcessorPil
+    return transformers.LlavaImageProcessor

@@ -79,8 +79,8 @@ class PruneHandle:
         llava = compat.find_llava(self.model)
         if llava is None:
             raise ValueError(
-                "enable_token_merger needs a LLaVA model of the haotian-liu code base: Hugging Face processors fix the "
-                "number of image placeholders in input_ids before the model sees them. Set enable_token_merger to "
+                "enable_token_merger needs a LLaVA model of the haotian-liu code base: Hugging Face processors fix "
+                "the number of image placeholders in input_ids before the model sees them. Set enable_token_merger to "
                 "false, or use the llava stack"
             )
         if str(getattr(llava.config, "mm_patch_merge_type", "flat")).startswith("spatial"):

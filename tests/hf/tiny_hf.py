@@ -57,7 +57,11 @@ def tiny(kind="llava", attention="sdpa", layers=6, seed=0, **text):
     shared = {"image_token_id": IMAGE_TOKEN, "vision_feature_layer": -1, "tie_word_embeddings": False}
     family, _, decoder = kind.partition("-")
     if family == "llava":
-        config = LlavaConfig(vision_config=CLIPVisionConfig(**tower), text_config=text_config(decoder or "llama", layers, **text), **shared)
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**tower),
+            text_config=text_config(decoder or "llama", layers, **text),
+            **shared,
+        )
         model = LlavaForConditionalGeneration
     elif family == "next":
         config = LlavaNextConfig(
