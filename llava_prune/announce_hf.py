@@ -60,7 +60,7 @@ def _layout(
     valid = ids.new_ones(ids.shape).bool() if mask is None else mask[:, -ids.shape[1] :].bool()
     vision = is_image & valid
     if tokens_per_image is not None:
-        num_images = vision.sum(-1) // tokens_per_image
+        num_images = (vision.sum(-1) + tokens_per_image - 1) // tokens_per_image
     else:  # anyres: runs of placeholders, of which processors put text between two
         num_images = (vision & ~_shifted(vision)).sum(-1)
     return TokenLayout.build(valid, vision, num_images, call.get("labels"))

@@ -29,6 +29,7 @@ class ForwardRecord:
         kept: per pruning layer (B, N) bool, tokens that layer and later ones see.
         rows: per pruning layer the rows still present (hard).
         attention_masks: per pruning layer the mask argument its decoder layers take in the running step.
+        budgets: per pruning layer the tokens each sample keeps (selection topk).
         full_length: positions seen so far, pruned or not: the length of layer 0's cache.
         prefix: arguments of the first pruning layer, for the unpruned pass to restart from.
         features: outputs of the layers that `PruneState.feature_layers` names.
@@ -42,6 +43,7 @@ class ForwardRecord:
     kept: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)
     attention_masks: dict[int, Tensor | None] = field(default_factory=dict)
+    budgets: list[tuple[int, ...]] | None = None
     decoding: bool = False
     prefix: dict[str, Any] | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class PruneState:
 
     mode: str = "origin"
     temperature: float = 1.0
+    keep_fractions: tuple[float, ...] | None = None  # of each pruning layer, late in training
     feature_layers: tuple[int, ...] = ()
     announced: TokenLayout | None = None
     merger_questions: Tensor | None = None

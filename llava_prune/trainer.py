@@ -198,6 +198,8 @@ class PruneTrainerMixin:
             self._metrics.clear()
         super().log({**logs, **metrics}, *args, **kwargs)
         if metrics:
+            ratios = [metrics[f"prune/keep_ratio_l{layer}"] for layer in self.prune.pruning_layers]
+            self.prune_handle.state.keep_fractions = tuple(ratios)
             self._check_guards(metrics)
 
     def _check_guards(self, metrics: dict[str, float]) -> None:
