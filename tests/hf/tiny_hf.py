@@ -97,21 +97,27 @@ def batch_of(model, lengths, images, padding_side="left", answers=None, seed=0):
     Args:
         lengths: text tokens of each sample.
         images: images of each sample, near the front, with a text token between two.
-        padding_side: `left`, `right`, or `none` for no attention_mask (all samples must have one length then).
+        padding_side: `left`, `right`, or `none` for no attention_mask and more text where samples would be shorter.
         answers: supervised tokens at the end of each sample, or None for no labels.
     """
     generator = torch.Generator().manual_seed(seed)
     anyres = model.config.model_type != "llava"
-    sizes, crops, rows, labels = [], [], [], []
-    for i, (length, count) in enumerate(zip(lengths, images, strict=True)):
+    sizes, crops, vision, rows, labels = [], [], [], [], []
+    for count in images:
+        vision.append([])
+        for _ in range(count):
+            sizes.append([(20, 60), (64, 40), (40, 40)][len(sizes) % 3])
+            crops.append(torch.randn(_crops(model, sizes[-1]), 3, IMAGE, IMAGE, generator=generator))
+            vision[-1].append(_tokens(model, sizes[-1], crops[-1]))
+    if padding_side == "none":
+        total = max(length + sum(tokens) for length, tokens in zip(lengths, vision, strict=True))
+        lengths = [total - sum(tokens) for tokens in vision]
+    for i, (length, images_tokens) in enumerate(zip(lengths, vision, strict=True)):
         text = torch.randint(3, 62, (length,), generator=generator)
         pieces = [text[:2]]
-        for j in range(count):
-            size = [(20, 60), (64, 40), (40, 40)][len(sizes) % 3]
-            sizes.append(size)
-            crops.append(torch.randn(_crops(model, size), 3, IMAGE, IMAGE, generator=generator))
-            pieces += [torch.full((_tokens(model, size, crops[-1]),), IMAGE_TOKEN), text[2 + j : 3 + j]]
-        pieces.append(text[2 + count :])
+        for j, tokens in enumerate(images_tokens):
+            pieces += [torch.full((tokens,), IMAGE_TOKEN), text[2 + j : 3 + j]]
+        pieces.append(text[2 + len(images_tokens) :])
         row = torch.cat(pieces)
         label = torch.full_like(row, -100)
         if answers is not None:
