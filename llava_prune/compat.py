@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ HF_MODELS = (
     "LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
 )
+IMAGE_TOKEN_INDEX = -200  # LLaVA's placeholder of one image
 BACKENDS = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -71,6 +72,12 @@ def find_hf_llava(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def image_token(model: nn.Module) -> int:
+    """The placeholder of images in `input_ids`: one an image for LLaVA, one a vision token for Hugging Face."""
+    hf = None if find_llava(model) is not None else find_hf_llava(model)
+    return IMAGE_TOKEN_INDEX if hf is None else hf.config.image_token_id
+
+
 def attention_backend(decoder: nn.Module) -> str:
     """`eager`, `sdpa` or `flash_attention_2`.
 
@@ -122,11 +129,6 @@ def check_cache(cache: Any) -> None:
             f"{type(cache).__name__} has a fixed length in every layer, pruning makes later layers shorter: use the "
             "dynamic cache (leave cache_implementation unset), or prune_mode(model, 'origin')"
         )
-
-
-def without_cache(call: dict[str, Any]) -> dict[str, Any]:
-    """A layer call's arguments without the key-value cache, so that running it again appends nothing."""
-    return {**call, **{name: None for name in ("past_key_value", "past_key_values") if name in call}}
 
 
 def execution_device(layer: nn.Module) -> torch.device:
@@ -248,3 +250,20 @@ def llava_image_processor_class() -> type:
     except ImportError:
         return transformers.LlavaImageProcessorPil
     return transformers.LlavaImageProcessor
+
+
+@contextmanager
+def as_model_with_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the block a quantised base passes the Trainers' check for trainable adapters, which the pruners are.
+
+    They look for PEFT's own mark and refuse any other kind of adapter on a 4- or 8-bit model.
+    """
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before

@@ -91,7 +91,7 @@ class PruneConfig:
     adversarial_weight_start: float = _field(1.0, "weight of the alignment term at the start")
     adversarial_weight_end: float = _field(10.0, "weight of the alignment term after the warm-up")
     loss_weight_warmup_ratio: float = _field(0.3, "share of training over which the two weights move, by cosine")
-    sparsity_weight: float = _field(100.0, "weight of (kept fraction - target)^2, over the batch")
+    sparsity_weight: float = _field(1000.0, "weight of (kept fraction - target)^2, over the batch")
     sparsity_only_on_excess: bool = _field(False, "do not punish keeping less than the target")
     token_count_weight: float = _field(0.0, "weight of |average tokens - target| / vision tokens, per sample")
     binarization_weight: float = _field(1.0, "weight of 4 m (1 - m), which pushes masks to 0 or 1")

@@ -112,6 +112,11 @@ class LayerForward:
             call["attention_mask"] = self._decide_masks(call, record)
         else:
             call["attention_mask"] = record.attention_masks[self.segment]
+        hidden = call["hidden_states"]
+        if torch.is_grad_enabled() and self.layer.training and not hidden.requires_grad:
+            # fused SDPA keeps what the bias gradient needs only if query, key or value need a gradient, and nothing
+            # before the first pruner of a frozen base does
+            call["hidden_states"] = hidden.detach().requires_grad_()
         output = self.original(**call)
         if self.index in self.state.feature_layers:
             record.features.setdefault(self.index, compat.hidden_states_of(output))
@@ -120,8 +125,7 @@ class LayerForward:
     def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
         hidden, layout = call["hidden_states"], record.layout
         if self.index == self.config.pruning_layers[0] and self.state.feature_layers and record.prefix is None:
-            prefix = compat.without_cache(call)
-            record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in prefix.items()}
+            record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
         before = [layer for layer in self.config.pruning_layers if layer < self.index]
         past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()
         past_kept = record.kept[before[-1]] if before else layout.vision_valid

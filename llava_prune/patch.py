@@ -56,6 +56,10 @@ class PruneHandle:
         config.check_layers(self.num_layers)
         self.vision_tokens = compat.vision_tokens_per_image(model)
         if config.enable_token_merger and self.vision_tokens is not None:
+            if config.merger_tokens >= self.vision_tokens:
+                raise ValueError(
+                    f"merger_tokens {config.merger_tokens} must be fewer than the {self.vision_tokens} vision tokens"
+                )
             self.vision_tokens = config.merger_tokens
         if self.vision_tokens is not None:
             config.check_budget(self.vision_tokens, self.num_layers)
@@ -227,7 +231,8 @@ class PruneHandle:
         Returns:
             layer -> (B, T, hidden_size).
         """
-        call = dict(record.prefix)
+        # the pruned pass filled the cache already
+        call = {**record.prefix, **{name: None for name in record.prefix if name.startswith("past_key_value")}}
         features = {}
         for index in range(self.config.pruning_layers[0], max(self.state.feature_layers) + 1):
             hidden = compat.hidden_states_of(self.layer_forwards[index].original(**call))

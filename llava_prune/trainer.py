@@ -59,7 +59,9 @@ class PruneTrainerMixin:
             # what comes out is another model than the one that went in
             model.config.llava_prune_base = Path(args.output_dir).name
         _match_vision_dtype(model, args)
-        super().__init__(model=model, args=args, **kwargs)
+        self._image_token = compat.image_token(model)
+        with compat.as_model_with_adapters(model):
+            super().__init__(model=model, args=args, **kwargs)
         self.adversary = None
         if self.prune.alignment == "gan":
             self.adversary = Adversary(
@@ -112,7 +114,7 @@ class PruneTrainerMixin:
         """All generator terms in one scalar; `return_outputs` as in Trainer."""
         values = self._schedule()
         state = self.prune_handle.state
-        inputs = supervise_one_turn(inputs, torch.rand(len(inputs["input_ids"])))
+        inputs = supervise_one_turn(inputs, torch.rand(len(inputs["input_ids"])), self._image_token)
         outputs = model(**inputs)
         record = state.record
         terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)

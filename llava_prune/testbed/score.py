@@ -31,7 +31,7 @@ def score(answers: str | os.PathLike, truth: str | os.PathLike) -> dict:
         raise ValueError(f"{truth} holds no question")
     kinds = defaultdict(list)
     for question, line in expected.items():
-        kinds[line["kind"]].append(_plain(given[question]["text"]) == _plain(line["answer"]))
+        kinds[line["kind"]].append(normalised(given[question]["text"]) == normalised(line["answer"]))
     right = [mark for marks in kinds.values() for mark in marks]
     return {
         "accuracy": sum(right) / len(right),
@@ -40,7 +40,8 @@ def score(answers: str | os.PathLike, truth: str | os.PathLike) -> dict:
     }
 
 
-def _plain(text: str) -> str:
+def normalised(text: str) -> str:
+    """Lower case, without outer spaces and a full stop at the end."""
     return text.strip().lower().removesuffix(".").strip()
 
 

@@ -1,0 +1,5 @@
+"""`python -m llava_prune`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,25 @@
+"""`python -m llava_prune COMMAND`: each command is a module with `main(argv)`, imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "run": ("llava_prune.run", "run a LLaVA program with pruners attached"),
+    "visualize": ("llava_prune.visualize", "draw kept tokens of answered questions over their pictures"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Dispatch to a command; without one, list them."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m llava_prune COMMAND ...\n")
+        for name, (_, help) in COMMANDS.items():
+            print(f"  {name:<12}{help}")
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        sys.exit(f"llava_prune: no command {name!r}; there is {', '.join(COMMANDS)}")
+    importlib.import_module(COMMANDS[name][0]).main(rest)

@@ -1,0 +1,85 @@
+"""`python -m llava_prune run`: any LLaVA program, as it is, with pruners attached.
+
+    python -m llava_prune run --pruners DIR --mode hard -m llava.eval.model_vqa_loader <its own arguments>
+
+Every LLaVA program loads its model through `llava.model.builder.load_pretrained_model`; that function is wrapped
+before the program imports it, and put back afterwards. Nothing else of LLaVA is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from .checkpoint import load_pruners, read_description, read_weights
+from .cuda_to_cpu import CudaToCpu
+from .sidecar import Sidecar
+from .state import MODES
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments up to `-m` are ours, everything after it is the program's."""
+    parser = argparse.ArgumentParser(prog="python -m llava_prune run", description=__doc__.splitlines()[0])
+    parser.add_argument("--pruners", required=True, help="output directory of a pruner training")
+    parser.add_argument("--mode", choices=MODES, default="hard", help="origin leaves the model as it is")
+    parser.add_argument("--report", help="write one JSON line a sample here: tokens kept, FLOPs, seconds")
+    parser.add_argument("--allow_other_base", action="store_true", help="accept a base model under another name")
+    parser.add_argument(
+        "-m", dest="program", nargs=argparse.REMAINDER, required=True, help="module or .py file, then its arguments"
+    )
+    return parser
+
+
+@contextmanager
+def pruned_loading(directory: str, mode: str, report: str | None, allow_other_base: bool) -> Iterator[None]:
+    """Within the block, LLaVA's `load_pretrained_model` returns models with pruners attached."""
+    import torch
+    from llava.model import builder
+
+    original = builder.load_pretrained_model
+    on_cpu = not torch.cuda.is_available()
+
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> tuple:
+        if on_cpu:
+            kwargs["device"] = "cpu"
+        tokenizer, model, image_processor, context_length = original(*args, **kwargs)
+        if on_cpu:
+            model.float()
+        load_pruners(model, directory, mode, allow_other_base)
+        if report:
+            Sidecar(model, report)
+        return tokenizer, model, image_processor, context_length
+
+    builder.load_pretrained_model = load_pretrained_model
+    try:
+        with CudaToCpu() if on_cpu else nullcontext():
+            yield
+    finally:
+        builder.load_pretrained_model = original
+
+
+def main(argv: list[str]) -> None:
+    """Run a program with pruners; exits with a message when the pruners can not be read."""
+    args = build_parser().parse_args(argv)
+    if not args.program:
+        sys.exit("llava_prune: -m needs a module (llava.eval.model_vqa_loader) or a .py file")
+    program, *rest = args.program
+    try:
+        read_description(args.pruners)
+        read_weights(args.pruners)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"llava_prune: {error}")
+    if sys.platform == "linux":
+        # LLaVA's loader reads a module global in its workers, which only fork hands on
+        multiprocessing.set_start_method("fork", force=True)
+    sys.argv = [program, *rest]
+    with pruned_loading(args.pruners, args.mode, args.report, args.allow_other_base):
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)

@@ -1,0 +1,81 @@
+"""A line a sample beside LLaVA's answers file: what was kept and what it cost, without touching the answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .patch import require_handle
+from .report import last_report, llm_flops
+
+
+class Sidecar:
+    """Records every `model.generate` call: bound on the instance, appended to a file as the run goes.
+
+    Lines follow the order of the calls, and within a call that of its samples:
+    `{"mode", "vision_tokens", "text_tokens", "tokens_per_layer", "average_tokens", "kept", "llm_flops", "seconds"}`;
+    `kept` maps a pruning layer to indices among the sample's vision tokens, `llm_flops` counts the prefill,
+    `seconds` is the call's wall time. A sample without image has `vision_tokens` 0.
+
+    Args:
+        model: a model with pruners attached.
+        path: overwritten.
+    """
+
+    def __init__(self, model: nn.Module, path: str | Path):
+        self.model = model
+        self.handle = require_handle(model)
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("")
+        self._generate = model.generate
+        model.generate = self._timed_generate
+
+    def _timed_generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.handle.state.record = None
+        _synchronise()
+        start = time.perf_counter()
+        output = self._generate(*args, **kwargs)
+        _synchronise()
+        seconds = time.perf_counter() - start
+        batch = len(output if isinstance(output, torch.Tensor) else output.sequences)
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self._lines(batch, seconds))
+        return output
+
+    def _lines(self, batch: int, seconds: float) -> list[dict[str, Any]]:
+        mode = self.handle.state.mode
+        if self.handle.state.record is None:
+            return [{"mode": mode, "vision_tokens": 0, "seconds": seconds}] * batch
+        report = last_report(self.model)
+        pruned = self.handle.state.record.mode != "origin"
+        flops = llm_flops(self.handle, report.tokens_per_layer.cpu(), report.text_tokens.cpu(), pruned)
+        beams = max(1, len(report.average_tokens) // batch)
+        return [
+            {
+                "mode": mode,
+                "vision_tokens": int(report.vision_tokens[row]),
+                "text_tokens": int(report.text_tokens[row]),
+                "tokens_per_layer": report.tokens_per_layer[row].tolist(),
+                "average_tokens": float(report.average_tokens[row]),
+                "kept": {str(layer): kept[row].tolist() for layer, kept in report.kept.items()},
+                "llm_flops": float(flops[row]),
+                "seconds": seconds,
+            }
+            for row in range(0, batch * beams, beams)
+        ]
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def read_sidecar(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a sidecar file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Makes the Python environment of one stack and leaves it alone once it is complete.
+#
+#   bash scripts/setup.sh        .venv: LLaVA (llava-torch) on transformers 4.37.2
+#   bash scripts/setup.sh hf     .venv-hf: Hugging Face's own LLaVA classes on transformers 5
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+STACK=${1:-llava}
+PYTHON=${PYTHON:-python3}
+case "$STACK" in
+    llava) VENV=.venv ;;
+    hf) VENV=.venv-hf ;;
+    *) echo "setup.sh: no stack '$STACK'; use llava or hf" >&2; exit 2 ;;
+esac
+REQUIREMENTS=scripts/requirements-$STACK.txt
+STAMP=$VENV/.complete
+
+if cmp -s "$REQUIREMENTS" "$STAMP"; then
+    exit 0
+fi
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "setup.sh: Python 3.10 or newer is needed, $PYTHON is $("$PYTHON" --version)" >&2; exit 2; }
+echo "setup.sh: installing $REQUIREMENTS into $VENV (about a minute, once)"
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+# torch first, by itself: others only ask for "torch", and its build must be the pinned one
+"$VENV/bin/pip" install -q --disable-pip-version-check "$(grep '^torch==' "$REQUIREMENTS")"
+# DeepSpeed compiles its one CPU operator on first use, none at install time
+DS_BUILD_OPS=0 "$VENV/bin/pip" install -q --disable-pip-version-check -r "$REQUIREMENTS"
+if [ "$STACK" = llava ]; then
+    # without its dependencies, which are pinned to releases of 2023
+    "$VENV/bin/pip" install -q --disable-pip-version-check --no-deps llava-torch==1.2.2.post1
+fi
+cp "$REQUIREMENTS" "$STAMP"

@@ -1,0 +1,142 @@
+#!/usr/bin/env bash
+# Learn which vision tokens a LLaVA can do without.
+#
+# Without any variable set: prepares the testbed (a tiny LLaVA and mosaics of real pictures), trains pruners with two
+# processes under DeepSpeed ZeRO-2, evaluates, and prints what was gained. Minutes on two CPU cores, no download.
+#
+# The real recipe, in the shape of LLaVA's own finetune_task.sh:
+#   MODEL=liuhaotian/llava-v1.5-7b DATA=llava_v1_5_mix665k.json IMAGES=playground/data GPUS=8 ZERO=3 PRESET=avg128 \
+#       bash scripts/train_prune.sh
+# LORA=1 trains LoRA adapters beside the pruners, BITS=4 (or 8) loads the base quantised, HOSTFILE=FILE runs on
+# several machines. Arguments of this script go to the training as they are: bash scripts/train_prune.sh --seed 1
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ROOT=$PWD
+
+MODEL=${MODEL:-}                       # a LLaVA checkpoint; empty: the testbed's
+DATA=${DATA:-}                         # LLaVA conversation JSON
+IMAGES=${IMAGES:-}                     # folder that its image paths are relative to
+OUT=${OUT:-outputs/${MODEL:+$(basename "$MODEL")-}prune}
+GPUS=${GPUS:-}                         # processes on this machine; empty: all GPUs, or 2 on a CPU
+ZERO=${ZERO:-2}                        # 2, 3, 2_offload or 3_offload
+PRESET=${PRESET:-}                     # a preset's name or a YAML file
+LORA=${LORA:-0}
+BITS=${BITS:-16}
+HOSTFILE=${HOSTFILE:-}
+SEED=${SEED:-0}
+PORT=${PORT:-29500}
+
+bash scripts/setup.sh
+export PATH=$ROOT/.venv/bin:$PATH
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+export TOKENIZERS_PARALLELISM=false
+
+HAVE_GPU=$(python -c 'import torch; print(int(torch.cuda.is_available()))')
+if [ "$HAVE_GPU" = 1 ]; then
+    GPUS=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
+    BF16=${BF16:-True}
+else
+    GPUS=${GPUS:-2}
+    BF16=False                         # bf16 is far slower than fp32 on a CPU
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+
+if [ -z "$MODEL" ]; then
+    TESTBED=$OUT/testbed
+    python -m llava_prune.testbed.prepare --out "$TESTBED" --train "${TRAIN_SAMPLES:-4000}" --test "${TEST_QUESTIONS:-600}"
+    MODEL=$TESTBED/llava-mosaic-tiny
+    DATA=$TESTBED/train.json
+    IMAGES=$TESTBED
+    PRESET=${PRESET:-mosaic}
+    VISION_TOWER=${VISION_TOWER:-$MODEL/vision_tower}
+    SELECT_LAYER=${SELECT_LAYER:--1}
+    STEPS=${STEPS:-480}
+    BATCH=${BATCH:-8}
+    SAVE_STEPS=${SAVE_STEPS:-120}
+    LOGGING_STEPS=${LOGGING_STEPS:-10}
+    MAX_LENGTH=${MAX_LENGTH:-512}
+    CHECKPOINTING=${CHECKPOINTING:-False}
+    WORKERS=${WORKERS:-0}
+    REPORT_TO=${REPORT_TO:-tensorboard}
+else
+    TESTBED=
+    : "${DATA:?set DATA to a JSON file in the conversation format of LLaVA}"
+    : "${IMAGES:?set IMAGES to the folder that the image paths in DATA are relative to}"
+fi
+
+LORA_FLAGS=()
+if [ "$LORA" = 1 ]; then
+    LORA_FLAGS=(--lora_enable True --lora_r "${LORA_R:-128}" --lora_alpha "${LORA_ALPHA:-256}" --mm_projector_lr 2e-5)
+fi
+LAUNCHER=(deepspeed --master_port "$PORT")
+if [ -n "$HOSTFILE" ]; then
+    LAUNCHER+=(--hostfile "$HOSTFILE")
+else
+    LAUNCHER+=(--num_gpus "$GPUS")
+fi
+
+"${LAUNCHER[@]}" --module llava_prune.train \
+    --deepspeed "zero_configs/zero$ZERO.json" \
+    --prune_config "${PRESET:-default}" \
+    "${LORA_FLAGS[@]}" \
+    --bits "$BITS" \
+    --model_name_or_path "$MODEL" \
+    --version v1 \
+    --data_path "$DATA" \
+    --image_folder "$IMAGES" \
+    --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}" \
+    --mm_projector_type "${PROJECTOR:-mlp2x_gelu}" \
+    --mm_vision_select_layer "${SELECT_LAYER:--2}" \
+    --mm_use_im_start_end False \
+    --mm_use_im_patch_token False \
+    --image_aspect_ratio pad \
+    --group_by_modality_length True \
+    --bf16 "$BF16" \
+    --tf32 "${TF32:-$([ "$HAVE_GPU" = 1 ] && echo True || echo False)}" \
+    --output_dir "$OUT" \
+    --num_train_epochs "${EPOCHS:-1}" \
+    --max_steps "${STEPS:--1}" \
+    --per_device_train_batch_size "${BATCH:-8}" \
+    --gradient_accumulation_steps "${ACCUMULATION:-1}" \
+    --evaluation_strategy no \
+    --save_strategy steps \
+    --save_steps "${SAVE_STEPS:-500}" \
+    --save_total_limit 2 \
+    --learning_rate "${LR:-2e-5}" \
+    --weight_decay 0. \
+    --warmup_ratio 0.03 \
+    --lr_scheduler_type "${SCHEDULER:-cosine}" \
+    --logging_steps "${LOGGING_STEPS:-1}" \
+    --model_max_length "${MAX_LENGTH:-2048}" \
+    --gradient_checkpointing "${CHECKPOINTING:-True}" \
+    --dataloader_num_workers "${WORKERS:-4}" \
+    --lazy_preprocess True \
+    --report_to "${REPORT_TO:-tensorboard}" \
+    --seed "$SEED" \
+    "$@"
+
+if [ -z "$TESTBED" ]; then
+    echo "pruners are in $OUT; answer any LLaVA benchmark with them:"
+    echo "  python -m llava_prune run --pruners $OUT --mode hard -m llava.eval.model_vqa_loader --model-path $MODEL ..."
+    exit 0
+fi
+
+evaluate() {
+    python -m llava_prune run \
+        --pruners "$OUT" \
+        --mode "$1" \
+        --report "$OUT/$1.report.jsonl" \
+        -m llava.eval.model_vqa_loader \
+        --model-path "$MODEL" \
+        --image-folder "$IMAGES" \
+        --question-file "$TESTBED/test.jsonl" \
+        --answers-file "$OUT/$1.jsonl" \
+        --temperature 0 \
+        --max_new_tokens 16 \
+        --conv-mode v1
+}
+evaluate origin 2> "$OUT/origin.log" &
+ORIGIN=$!
+evaluate hard
+wait "$ORIGIN" || { cat "$OUT/origin.log" >&2; exit 1; }
+python -m llava_prune.testbed.results --data "$TESTBED" --out "$OUT"

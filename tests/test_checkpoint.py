@@ -1,0 +1,121 @@
+"""Pruner-only checkpoints: what is saved comes back, and nothing wrong is loaded without a word."""
+
+import json
+
+import pytest
+import torch
+from tiny import batch_of, randomise_pruners, tiny_llava
+
+from llava_prune import PruneConfig, attach_pruners, last_report, load_pruners, prune_mode, save_pruners
+from llava_prune.checkpoint import CONFIG, WEIGHTS
+from llava_prune.patch import find_handle
+
+SETTINGS = PruneConfig(pruning_layers=(1, 3), target_token_num=10, pruner_dim=16, pruner_heads=4)
+
+
+@pytest.fixture
+def saved(llava, tmp_path):
+    llava.config._name_or_path = "somebody/llava-v1.5-7b"
+    with attach_pruners(llava, SETTINGS) as handle:
+        randomise_pruners(handle)
+        save_pruners(llava, tmp_path)
+    return tmp_path
+
+
+def test_a_loaded_model_prunes_as_the_saved_one(llava, tower_folder, tmp_path):
+    inputs = batch_of([9, 12], [1, 1])
+    randomise_pruners(attach_pruners(llava, SETTINGS))
+    save_pruners(llava, tmp_path)
+    with prune_mode(llava, "hard"), torch.no_grad():
+        expected = llava(**inputs).logits
+    other = tiny_llava(tower_folder)
+    load_pruners(other, tmp_path, mode="hard")
+    with torch.no_grad():
+        assert torch.equal(other(**inputs).logits, expected)
+    assert torch.equal(last_report(other).tokens_per_layer, last_report(llava).tokens_per_layer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_initialisation_does_not_rest_on_torch_defaults(tower_folder, monkeypatch):
+    """LLaVA's evaluation turns the reset_parameters of Linear and LayerNorm into no-ops, process-wide."""
+    for layer in (torch.nn.Linear, torch.nn.LayerNorm):
+        monkeypatch.setattr(layer, "reset_parameters", lambda self: [p.data.fill_(1e30) for p in self.parameters()])
+    model = tiny_llava(tower_folder)
+    handle = attach_pruners(
+        model,
+        PruneConfig(
+            pruning_layers=(1,), target_token_num=8, enable_token_merger=True, merger_tokens=9, merger_heads=4
+        ),
+    )
+    for name, parameter in handle.pruners.named_parameters():
+        assert parameter.abs().max() < 10, name
+
+
+def test_another_base_model_is_refused(saved, tower_folder):
+    shallow, wide, renamed = tiny_llava(tower_folder, layers=5), tiny_llava(tower_folder, hidden=64), None
+    for model, message in ((shallow, "decoder layers 6.*has 5"), (wide, "hidden size 32.*has 64")):
+        with pytest.raises(ValueError, match=message):
+            load_pruners(model, saved)
+        assert find_handle(model) is None
+    renamed = tiny_llava(tower_folder)
+    renamed.config._name_or_path = "/models/llava-v1.6-7b"
+    with pytest.raises(ValueError, match="allow_other_base"):
+        load_pruners(renamed, saved)
+    load_pruners(renamed, saved, allow_other_base=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["/models/llava-v1.5-7b/", "llava-hf/llava-1.5-7b-hf", "x/llava-v1.5-7b/checkpoint-9"]
+)
+def test_the_same_base_under_its_usual_names_is_accepted(saved, tower_folder, name):
+    model = tiny_llava(tower_folder)
+    model.config._name_or_path = name
+    load_pruners(model, saved)
+
+
+def test_missing_and_damaged_files(saved, llava, tmp_path):
+    with pytest.raises(FileNotFoundError, match="finished training"):
+        load_pruners(llava, tmp_path / "nowhere")
+    weights = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        load_pruners(llava, saved)
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=WEIGHTS):
+        load_pruners(llava, saved)
+    (saved / CONFIG).write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        load_pruners(llava, saved)
+    assert find_handle(llava) is None
+
+
+def test_a_weight_that_does_not_fit_is_never_dropped(saved, llava):
+    from safetensors.torch import load_file, save_file
+
+    whole = load_file(saved / WEIGHTS)
+    for change in ("missing", "unexpected", "shape"):
+        weights = dict(whole)
+        if change == "missing":
+            weights.pop("layers.1.joint_logits.bias")
+        elif change == "unexpected":
+            weights["layers.9.joint_logits.bias"] = torch.zeros(2)
+        else:
+            weights["layers.1.joint_logits.bias"] = torch.zeros(3)
+        save_file(weights, saved / WEIGHTS)
+        with pytest.raises(ValueError, match="joint_logits.bias"):
+            load_pruners(llava, saved)
+        assert find_handle(llava) is None
+
+
+def test_saving_never_leaves_half_a_file(saved, llava, monkeypatch):
+    before = (saved / WEIGHTS).read_bytes()
+    randomise_pruners(attach_pruners(llava, SETTINGS), seed=1)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pruners(llava, saved)
+    assert (saved / WEIGHTS).read_bytes() == before
+    assert json.loads((saved / CONFIG).read_text())["prune_config"] == SETTINGS.to_dict()

@@ -1,0 +1,196 @@
+"""Training for real: two processes under the deepspeed launcher, ZeRO-2 and ZeRO-3, killed and resumed, with LoRA."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launch import train, train_and_kill, write_data
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.distributed
+
+# noise off and per-sample terms only: then one process on the whole batch must see what two see on halves
+QUIET = {
+    "prune_estimator": "sigmoid_st",
+    "prune_noise_scale_start": 0.0,
+    "prune_noise_scale_end": 0.0,
+    "prune_disc_max_accuracy": 1.0,
+    "prune_sparsity_weight": 0.0,
+    "prune_token_count_weight": 50.0,
+    "prune_target_warmup_ratio": 0.0,
+    "prune_init_keep_logit": 0.5,
+    "prune_pruner_lr": 1e-3,
+    "max_grad_norm": 0.0,
+}
+
+
+def sample(name, picture, question, answer):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, **({"image": picture} if picture else {}), "conversations": turns}
+
+
+@pytest.fixture(scope="module")
+def yes_no(testbed, tmp_path_factory):
+    """Answers of one length, so that the mean over a batch is the mean over its halves."""
+    pictures = sorted(str(p.relative_to(testbed)) for p in (testbed / "images" / "train").iterdir())
+    samples = [
+        sample(f"s{i}", picture, f"<image>\nIs there a {shape}?", "yes")
+        for i, picture in enumerate(pictures[:40])
+        for shape in ("circle", "triangle")
+    ]
+    return write_data(tmp_path_factory.mktemp("data") / "yes_no", testbed, samples)
+
+
+@pytest.fixture(scope="module")
+def one_process(yes_no, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one")
+    return train(yes_no, out, processes=1, stage=None, per_device_train_batch_size=8, **QUIET), out
+
+
+@pytest.mark.parametrize(("stage", "checkpointing"), [(2, False), (3, True)], ids=["zero2", "zero3-checkpointed"])
+def test_two_processes_equal_one(yes_no, one_process, tmp_path, stage, checkpointing):
+    expected, reference = one_process
+    logs = train(yes_no, tmp_path, stage=stage, gradient_checkpointing=checkpointing, **QUIET)
+    assert len(logs) == len(expected) == 5
+    for ours, theirs in zip(logs, expected, strict=True):
+        for name in ("loss", "loss/task", "loss/adversarial", "loss/token_count", "gan/d_loss", "prune/keep_ratio"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (name, ours["step"])
+    ours, theirs = (load_file(Path(out) / "pruners.safetensors") for out in (tmp_path, reference))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert weight.shape == theirs[name].shape, "a partition was saved instead of the whole tensor"
+        assert torch.allclose(weight, theirs[name], atol=5e-4), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_text_only_batches_on_one_rank_do_not_hang(yes_no, testbed, tmp_path, stage):
+    """One sample a rank, in an order that gives one rank text while the other has a picture, and both text."""
+    with_picture = json.loads((yes_no / "train.json").read_text())
+    text = [sample(f"t{i}", None, "Is there a circle?", "no") for i in range(4)]
+    data = write_data(tmp_path / "data", testbed, with_picture[:4] + text)
+    logs = train(data, tmp_path / "out", stage=stage, steps=6, per_device_train_batch_size=1)
+    assert len(logs) == 6 and all(entry["loss"] == entry["loss"] for entry in logs)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(testbed, tmp_path):
+    """With all the noise on: Gumbel noise, the discriminator's, sampled turns, grouped batches, accumulation."""
+    flags = {
+        "steps": 7,
+        "processes": 2,
+        "stage": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "group_by_modality_length": True,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "prune_pruner_lr": 1e-3,
+    }
+    expected = train(testbed, tmp_path / "whole", **flags)
+    broken = tmp_path / "broken"
+    train_and_kill(testbed, broken, lambda: (broken / "tmp-checkpoint-4").exists(), **flags)
+    assert (broken / "checkpoint-2").is_dir() and not (broken / "pruners.safetensors").exists()
+    logs = train(testbed, broken, **flags)
+    assert [entry["step"] for entry in logs] == list(range(1, 8))
+    for ours, theirs in zip(logs, expected, strict=True):
+        assert {k: v for k, v in ours.items() if "/" in k or k == "loss"} == pytest.approx(
+            {k: v for k, v in theirs.items() if "/" in k or k == "loss"}, rel=1e-5
+        )
+    # a frozen base stays out of every checkpoint
+    pruners = (broken / "pruners.safetensors").stat().st_size
+    base = (testbed / "llava-mosaic-tiny" / "model.safetensors").stat().st_size
+    for file in (broken / "checkpoint-6").rglob("*"):
+        assert file.stat().st_size < 3 * pruners < base or file.is_dir(), file
+
+
+def test_a_truncated_checkpoint_folder_is_not_taken(testbed, tmp_path):
+    """A kill between two files of a checkpoint leaves a folder of another name, which is not resumed from."""
+    flags = {"steps": 3, "stage": None, "processes": 1, "save_strategy": "steps", "save_steps": 2}
+    expected = train(testbed, tmp_path, **flags)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "tmp-checkpoint-3")
+    (tmp_path / "tmp-checkpoint-3" / "adversary.pt").unlink()
+    assert train(testbed, tmp_path, **flags)[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-5)
+
+
+def test_lora_trains_beside_the_pruners_and_both_are_saved(testbed, tmp_path):
+    out = tmp_path / "llava-lora"
+    flags = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "prune_pruner_lr": 1e-3}
+    train(testbed, out, stage=2, steps=3, **flags)
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert any(weight.abs().sum() > 0 for name, weight in adapter.items() if "lora_B" in name)
+    assert not any("pruners" in name for name in adapter)
+    other = torch.load(out / "non_lora_trainables.bin", weights_only=True)
+    assert other and not any("llava_pruners" in name for name in other)
+
+    from llava.model.builder import load_pretrained_model
+
+    from llava_prune import last_report, load_pruners
+
+    base = testbed / "llava-mosaic-tiny"
+    _, model, _, _ = load_pretrained_model(str(out), str(base), "llava-lora", device="cpu")
+    load_pruners(model.float(), out, mode="hard")
+    model.get_vision_tower().float()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, -200, 5, 6]]), images=torch.randn(1, 3, 192, 192))
+    assert last_report(model).vision_tokens.tolist() == [144]
+
+
+def test_a_trained_base_is_saved_beside_its_pruners(testbed, tmp_path):
+    out = tmp_path / "llava-tuned"
+    train(testbed, out, stage=2, steps=2, prune_train_base=True)
+    from llava.model.builder import load_pretrained_model
+
+    from llava_prune import load_pruners
+
+    weights = load_file(out / "model.safetensors")
+    assert not any("llava_pruners" in name for name in weights)
+    _, model, _, _ = load_pretrained_model(str(out), None, "llava-tuned", device="cpu")
+    load_pruners(model.float(), out)
+    original = load_file(testbed / "llava-mosaic-tiny" / "model.safetensors")
+    changed = [n for n, w in original.items() if n in weights and not torch.equal(w.float(), weights[n].float())]
+    assert any("layers" in name for name in changed)
+
+
+def test_the_token_merger_trains_with_the_layer_pruners(testbed, tmp_path):
+    logs = train(
+        testbed,
+        tmp_path,
+        stage=3,
+        steps=3,
+        prune_enable_token_merger=True,
+        prune_merger_tokens=36,
+        prune_target_token_num=18,
+    )
+    assert len(logs) == 3
+    assert any(name.startswith("merger.") for name in load_file(tmp_path / "pruners.safetensors"))
+
+
+@pytest.mark.parametrize("alignment", ["mse", "mean_var", "kl", "none"])
+def test_other_alignments_train(testbed, tmp_path, alignment):
+    logs = train(testbed, tmp_path, processes=1, stage=None, steps=2, prune_alignment=alignment)
+    assert ("loss/adversarial" in logs[0]) == (alignment != "none")
+    assert not any(name.startswith("gan/") for name in logs[0])
+
+
+def test_bad_data_and_settings_stop_before_the_model_is_loaded(testbed, tmp_path):
+    import subprocess
+
+    from launch import command, environment
+
+    samples = json.loads((testbed / "train.json").read_text())[:4]
+    samples[1]["image"] = "images/train/gone.png"
+    data = write_data(tmp_path / "data", testbed, samples)
+    for flags, message in (
+        ({}, "gone.png can not be read"),
+        ({"prune_target_token_num": 10}, "floor of 18"),
+        ({"prune_pruning_layers": [2, 8]}, "8 layers, so they must lie in 1..7"),
+        ({"prune_config": "mozaic"}, "no prune config 'mozaic'"),
+        ({"data_path": tmp_path / "none.json"}, "none.json can not be read"),
+    ):
+        chosen = testbed if flags else data
+        done = subprocess.run(
+            command(chosen, tmp_path / "out", 1, None, 2, **flags), env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode != 0 and message in done.stdout + done.stderr, (message, done.stderr[-2000:])
+    assert not (tmp_path / "out" / "pruners.safetensors").exists()
