@@ -230,6 +230,30 @@ def exclude_frozen_parameters(engine: Any) -> None:
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
+def configure_cpu_ranks() -> bool:
+    """Tell accelerate of the process group of CPU ranks, which accelerate 1.x counts as one process under DeepSpeed.
+
+    It looks for GPUs alone unless it is told to leave them, and then it leaves DeepSpeed too.
+
+    Returns:
+        Whether there was a group to tell of; `TrainingArguments` then have to use the configured state.
+    """
+    import os
+
+    import torch.distributed as dist
+
+    if torch.cuda.is_available() or not dist.is_initialized():
+        return False
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        PartialState(backend=dist.get_backend())
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    return True
+
+
 def loading_numpy_random_state() -> AbstractContextManager:
     """Let `torch.load` read a Trainer's RNG file: torch >= 2.6 loads weights only, 4.37 lists no numpy types."""
     if not hasattr(torch.serialization, "safe_globals"):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import compat
 from .train import training_arguments_class, use_cpu_where_there_is_no_gpu
 
 
@@ -46,6 +47,8 @@ def arguments_class() -> type:
         lora_dropout: float = field(default=0.05, metadata={"help": "dropout of LoRA"})
 
         def __post_init__(self) -> None:
+            if self.deepspeed and self.accelerator_config is None and compat.configure_cpu_ranks():
+                self.accelerator_config = {"use_configured_state": True}
             super().__post_init__()
 
     return training_arguments_class(HostArguments)
