@@ -196,12 +196,14 @@ class PruneTrainerMixin:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(averages)
                 averages /= dist.get_world_size()
-            metrics = dict(zip(names, (round(value, 6) for value in averages.tolist()), strict=True))
+            metrics = _ratios_of_images(dict(zip(names, averages.tolist(), strict=True)))
+            metrics = {name: round(value, 6) for name, value in metrics.items()}
             self._metrics.clear()
         super().log({**logs, **metrics}, *args, **kwargs)
-        if metrics:
+        if "prune/keep_ratio" in metrics:
             ratios = [metrics[f"prune/keep_ratio_l{layer}"] for layer in self.prune.pruning_layers]
             self.prune_handle.state.keep_fractions = tuple(ratios)
+        if metrics:
             self._check_guards(metrics)
 
     def _check_guards(self, metrics: dict[str, float]) -> None:
@@ -213,6 +215,8 @@ class PruneTrainerMixin:
                 "needs. Lower pruner_lr or adversarial_weight_end, or ease the target in over a longer time; the last "
                 f"checkpoint in {self.args.output_dir} is from before"
             )
+        if "prune/keep_ratio" not in metrics:  # no image since the last time
+            return
         floor = self.prune.pruning_layers[0] / self.prune_handle.num_layers
         room = metrics["prune/target_ratio"] - floor
         used = metrics["prune/keep_ratio"] - floor
@@ -283,6 +287,14 @@ class PruneTrainerMixin:
         if self.prune.train_base or self.lora:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
+
+
+def _ratios_of_images(metrics: dict[str, float]) -> dict[str, float]:
+    """Averaged metrics with keep and target ratios of the batches that had an image, left out if none had."""
+    share = metrics.pop("prune/with_image")
+    ratios = ("prune/keep_ratio", "prune/target_ratio")
+    kept = {name: value for name, value in metrics.items() if share or not name.startswith(ratios)}
+    return {name: value / share if name.startswith(ratios) else value for name, value in kept.items()}
 
 
 def _set_trainable(model: nn.Module, pruners: nn.Module, config: PruneConfig, lora: bool) -> None:
