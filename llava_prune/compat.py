@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
@@ -211,6 +212,14 @@ def rotary_module(layer: nn.Module) -> nn.Module | None:
     return getattr(layer.self_attn, "rotary_emb", None)
 
 
+def leave_accumulation_to_the_engine(engine: Any) -> None:
+    """accelerate 0.27 enters the engine's `no_sync` between accumulated micro-batches, which ZeRO-2 and 3 refuse.
+
+    The engine counts micro-batches itself; newer accelerate no longer asks.
+    """
+    engine.no_sync = nullcontext
+
+
 def exclude_frozen_parameters(engine: Any) -> None:
     """Make a DeepSpeed engine write and expect trainable parameters only.
 
@@ -278,16 +287,23 @@ def llava_image_processor_class() -> type:
 
 @contextmanager
 def as_model_with_adapters(model: nn.Module) -> Iterator[None]:
-    """Within the block a quantised base passes the Trainers' check for trainable adapters, which the pruners are.
+    """Within the block a quantised base passes as what it is here, a frozen model with trainable adapters.
 
-    They look for PEFT's own mark and refuse any other kind of adapter on a 4- or 8-bit model.
+    The Trainers look for PEFT's own mark and refuse any other adapter on a 4- or 8-bit model; `PreTrainedModel.to`
+    refuses to be called on one, and DeepSpeed calls it, with the device it is on already. Under PEFT neither shows,
+    since PEFT's wrapper is the model that they see.
     """
     if not getattr(model, "is_quantized", False):
         yield
         return
-    before = getattr(model, "_hf_peft_config_loaded", False)
+    names = ("_hf_peft_config_loaded", "to", "half", "float")
+    before = {name: model.__dict__[name] for name in names if name in model.__dict__}
     model._hf_peft_config_loaded = True
+    for name in names[1:]:
+        setattr(model, name, MethodType(getattr(nn.Module, name), model))
     try:
         yield
     finally:
-        model._hf_peft_config_loaded = before
+        for name in names:
+            model.__dict__.pop(name, None)
+        model.__dict__.update(before)

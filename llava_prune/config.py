@@ -101,8 +101,9 @@ class PruneConfig:
     pruner_weight_decay: float = _field(0.0, "weight decay of pruners and merger")
     disc_lr: float = _field(1e-4, "learning rate of the discriminator")
     train_base: bool = _field(False, "train the language model and projector too (LoRA trains its own either way)")
-    guard_task_loss: float = _field(4.0, "stop when the task loss is this far above its first logged value")
-    guard_keep_ratio: float = _field(0.1, "stop when average tokens above the floor fall below this share of target's")
+    guard_patience: int = _field(10, "logs in a row that must lie outside a guard's band before training stops")
+    guard_task_loss: float = _field(4.0, "stop when the task loss stays this far above where it started")
+    guard_keep_ratio: float = _field(0.1, "stop when average tokens above the floor stay below this share of target's")
 
     def __post_init__(self) -> None:
         for name in ("pruning_layers", "disc_layers"):
@@ -151,7 +152,15 @@ class PruneConfig:
         for name in ("temperature_start", "temperature_end", "pruner_lr", "disc_lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("pruner_dim", "pruner_heads", "merger_tokens", "merger_heads", "disc_dim", "min_keep"):
+        for name in (
+            "pruner_dim",
+            "pruner_heads",
+            "merger_tokens",
+            "merger_heads",
+            "disc_dim",
+            "min_keep",
+            "guard_patience",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.pruner_dim % self.pruner_heads:

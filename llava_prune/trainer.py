@@ -6,6 +6,7 @@ pruner, one summed loss and one backward through the engine; then the discrimina
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class PruneTrainerMixin:
             )
         self._features: tuple[list[Tensor], list[Tensor], Tensor, Tensor] | None = None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        self._leave_frozen_out_of_checkpoints()
+        self._adapt_engine_once_made()
 
     # ---- optimizer and data
 
@@ -204,41 +205,48 @@ class PruneTrainerMixin:
             ratios = [metrics[f"prune/keep_ratio_l{layer}"] for layer in self.prune.pruning_layers]
             self.prune_handle.state.keep_fractions = tuple(ratios)
         if metrics:
-            self._check_guards(metrics)
+            self._check_guards()
 
-    def _check_guards(self, metrics: dict[str, float]) -> None:
-        first = next(entry["loss/task"] for entry in self.state.log_history if "loss/task" in entry)
-        if not metrics["loss/task"] <= first + self.prune.guard_task_loss:
-            raise TrainingCollapsed(
-                f"task loss {metrics['loss/task']:.3g} at step {self.state.global_step} is more than guard_task_loss "
-                f"{self.prune.guard_task_loss:g} above its start, {first:.3g}: the pruners throw away what the answer "
-                "needs. Lower pruner_lr or adversarial_weight_end, or ease the target in over a longer time; the last "
-                f"checkpoint in {self.args.output_dir} is from before"
-            )
-        if "prune/keep_ratio" not in metrics:  # no image since the last time
+    def _check_guards(self) -> None:
+        """Stop when the last `guard_patience` logs all lie outside the band; single batches may well do."""
+        config, patience = self.prune, self.prune.guard_patience
+        entries = [entry for entry in self.state.log_history if "loss/task" in entry]
+        if len(entries) < 2 * patience:
             return
-        floor = self.prune.pruning_layers[0] / self.prune_handle.num_layers
-        room = metrics["prune/target_ratio"] - floor
-        used = metrics["prune/keep_ratio"] - floor
-        if used < self.prune.guard_keep_ratio * room:
+        recent = entries[-patience:]
+        start = statistics.median(entry["loss/task"] for entry in entries[:patience])
+        advice = f"; the last checkpoint in {self.args.output_dir} is from before this message"
+        if not any(entry["loss/task"] <= start + config.guard_task_loss for entry in recent):
             raise TrainingCollapsed(
-                f"average tokens fell to {metrics['prune/keep_ratio']:.1%} of the vision tokens at step "
-                f"{self.state.global_step}, target {metrics['prune/target_ratio']:.1%}: keep ratio collapsed. Lower "
-                "pruner_lr or raise task_weight_start; the last checkpoint in "
-                f"{self.args.output_dir} is from before"
+                f"task loss {recent[-1]['loss/task']:.3g} at step {self.state.global_step} stays more than "
+                f"guard_task_loss {config.guard_task_loss:g} above its start, {start:.3g}: the pruners drop what "
+                "the answer needs. Lower pruner_lr or adversarial_weight_end, or raise target_warmup_ratio" + advice
+            )
+        floor = config.pruning_layers[0] / self.prune_handle.num_layers
+        kept = [entry for entry in entries if "prune/keep_ratio" in entry][-patience:]  # not in logs without images
+        if kept and not any(
+            entry["prune/keep_ratio"] - floor >= config.guard_keep_ratio * (entry["prune/target_ratio"] - floor)
+            for entry in kept
+        ):
+            raise TrainingCollapsed(
+                f"average tokens stay at {kept[-1]['prune/keep_ratio']:.1%} of the vision tokens at step "
+                f"{self.state.global_step}, target {kept[-1]['prune/target_ratio']:.1%}: the keep ratio collapsed. "
+                "Lower pruner_lr or raise task_weight_start" + advice
             )
 
     # ---- saving and resuming
 
-    def _leave_frozen_out_of_checkpoints(self) -> None:
-        """Have the engine, once it is made, save trainable parameters only; the base is loaded from its own files."""
+    def _adapt_engine_once_made(self) -> None:
+        """Have DeepSpeed save trainable parameters only, since the base is loaded from its own files."""
         prepare = self.accelerator.prepare
 
         def prepare_and_bind(*args: Any, **kwargs: Any) -> Any:
-            prepared = prepare(*args, **kwargs)
+            with compat.as_model_with_adapters(self.model):
+                prepared = prepare(*args, **kwargs)
             for item in prepared if isinstance(prepared, tuple) else (prepared,):
                 if hasattr(item, "save_checkpoint") and hasattr(item, "load_checkpoint"):
                     compat.exclude_frozen_parameters(item)
+                    compat.leave_accumulation_to_the_engine(item)
             return prepared
 
         self.accelerator.prepare = prepare_and_bind

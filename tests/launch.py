@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -51,8 +53,15 @@ def command(data, out, processes, stage, steps, **flags):
     }
     launcher = [sys.executable, "-m", "llava_prune.train"]
     if stage is not None:
-        deepspeed = Path(sys.executable).parent / "deepspeed"
-        launcher = [str(deepspeed), "--master_port", str(free_port()), "--num_gpus", str(processes)]
+        launcher = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--master_port",
+            str(free_port()),
+            "--num_gpus",
+            str(processes),
+        ]
         launcher += ["--module", "llava_prune.train", "--deepspeed", str(ROOT / f"zero_configs/zero{stage}.json")]
     arguments = []
     for name, value in settings.items():
@@ -62,13 +71,14 @@ def command(data, out, processes, stage, steps, **flags):
 
 
 def environment():
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    """Variables of a training process."""
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     return {
         **os.environ,
-        "PATH": path,
-        "PYTHONPATH": str(ROOT),
+        **accelerator,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -1,0 +1,49 @@
+"""A run that has collapsed stops with a message; one odd batch does not stop it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from llava_prune import PruneConfig, trainer
+from llava_prune.trainer import PruneTrainerMixin, TrainingCollapsed
+
+
+def check(task=None, kept=None, patience=3):
+    """Run the guards over logged task losses and keep ratios, target 0.25 and floor 0.125."""
+    length = len(task or kept)
+    logs = [
+        {"loss/task": t, "prune/keep_ratio": k, "prune/target_ratio": 0.25}
+        for t, k in zip(task or [0.1] * length, kept or [0.25] * length, strict=True)
+    ]
+    trainer = SimpleNamespace(
+        prune=PruneConfig(pruning_layers=(1,), target_token_num=36, guard_patience=patience),
+        prune_handle=SimpleNamespace(num_layers=8),
+        state=SimpleNamespace(log_history=[{"epoch": 1}, *logs], global_step=length),
+        args=SimpleNamespace(output_dir="out"),
+    )
+    PruneTrainerMixin._check_guards(trainer)
+
+
+def test_a_healthy_run_and_an_odd_batch_go_on():
+    check(task=[0.1] * 20)
+    check(task=[0.1, 0.1, 9.0, 0.2, 9.0, 9.0, 0.3])
+    check(kept=[1.0, 0.9, 0.5, 0.3, 0.12, 0.25])
+
+
+def test_a_collapse_stops_with_what_to_do():
+    with pytest.raises(TrainingCollapsed, match="task loss.*Lower pruner_lr"):
+        check(task=[0.1, 0.2, 0.1, 9.0, 9.0, 9.0])
+    with pytest.raises(TrainingCollapsed, match="task loss"):
+        check(task=[0.1, 0.2, 0.1] + [float("nan")] * 3)
+    with pytest.raises(TrainingCollapsed, match="keep ratio collapsed"):
+        check(kept=[1.0, 0.5, 0.3, 0.126, 0.126, 0.126])
+
+
+def test_logs_without_an_image_are_no_collapse():
+    ratios = trainer._ratios_of_images(
+        {"loss/task": 1.0, "prune/keep_ratio": 0.2, "prune/target_ratio": 0.1, "prune/with_image": 0.5}
+    )
+    assert ratios == {"loss/task": 1.0, "prune/keep_ratio": 0.4, "prune/target_ratio": 0.2}
+    assert trainer._ratios_of_images({"loss/task": 1.0, "prune/keep_ratio_l3": 0.0, "prune/with_image": 0.0}) == {
+        "loss/task": 1.0
+    }
