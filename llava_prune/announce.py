@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compat import IMAGE_TOKEN_INDEX
 from .layout import IGNORE_INDEX, TokenLayout
 from .merger import TokenMerger
 from .state import PruneState
-
-IMAGE_TOKEN_INDEX = -200  # LLaVA's placeholder id of one image in input_ids
 
 
 def announcing_prepare(

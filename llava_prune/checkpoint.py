@@ -94,6 +94,7 @@ def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) ->
         "base_model": base_identity(model),
         "vision_tokens": handle.vision_tokens,
         "prune_config": handle.config.to_dict(),
+        "keep_fractions": handle.state.keep_fractions,
     }
     metadata = {"format": "pt", "format_version": str(FORMAT_VERSION)}
     write_atomically(directory / WEIGHTS, lambda path: path.write_bytes(save(weights, metadata)))
@@ -154,7 +155,11 @@ def check_base(description: dict[str, Any], model: nn.Module, allow_other_base: 
 
 
 def load_pruners(
-    model: nn.Module, directory: str | Path, mode: str = "hard", allow_other_base: bool = False
+    model: nn.Module,
+    directory: str | Path,
+    mode: str = "hard",
+    allow_other_base: bool = False,
+    average_tokens: float | None = None,
 ) -> PruneHandle:
     """Load pruners onto `model`, attaching them if needed, and set the mode. Every weight must match.
 
@@ -163,23 +168,29 @@ def load_pruners(
         directory: holds `pruners.safetensors` and `prune_config.json`.
         mode: `origin`, `soft`, `masked` or `hard`.
         allow_other_base: accept a base model of the same shape under another name.
+        average_tokens: keep exactly this many tokens per image, averaged over the decoder layers (or, where integer
+            counts can not make it, less than one token fewer), whatever budget the pruners were trained for. The
+            layers share it as they did in training. None selects as the pruners' own configuration says.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, the base model differs, weights do not match, or pruners of another
-            configuration are attached. The model is left as it was.
+        ValueError: average_tokens is under its floor, a file is damaged, the base model differs, weights do not match,
+            or pruners of another configuration (or budget) are attached. The model is left as it was.
     """
     description = read_description(directory)
     weights = read_weights(directory)
     check_base(description, model, allow_other_base)
     config = PruneConfig.from_dict(description["prune_config"])
+    if average_tokens is not None:
+        config = config.with_budget(average_tokens)
     handle = find_handle(model)
     attached_here = handle is None
     if attached_here:
         handle = attach_pruners(model, config)
     elif handle.config != config:
         raise ValueError(
-            f"the attached pruners have another configuration than {directory}: call detach_pruners(model) first"
+            f"the attached pruners have another configuration or budget than {directory}: call detach_pruners(model) "
+            "first"
         )
     try:
         _copy_weights(handle.pruners, weights, directory)
@@ -187,6 +198,8 @@ def load_pruners(
         if attached_here:
             handle.remove()
         raise
+    fractions = description.get("keep_fractions")
+    handle.state.keep_fractions = None if fractions is None else tuple(fractions)
     set_mode(model, mode)
     return handle
 

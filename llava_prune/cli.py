@@ -6,6 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "convert": ("llava_prune.convert", "write a LLaVA checkpoint as a Hugging Face model"),
     "run": ("llava_prune.run", "run a LLaVA program with pruners attached"),
     "visualize": ("llava_prune.visualize", "draw kept tokens of answered questions over their pictures"),
 }

@@ -12,6 +12,13 @@ import torch
 from torch import Tensor, nn
 
 DECODER_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+HF_MODELS = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+)
+IMAGE_TOKEN_INDEX = -200  # LLaVA's placeholder of one image
+BACKENDS = ("eager", "sdpa", "flash_attention_2")
 
 
 def find_decoder(model: nn.Module) -> nn.Module:
@@ -45,9 +52,55 @@ def find_llava(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def find_hf_llava(model: nn.Module) -> nn.Module | None:
+    """The Hugging Face LLaVA model inside `model`, or None.
+
+    Raises:
+        ValueError: a vision language model that nothing would announce the vision tokens of: of another family, or of
+            a transformers version (4.x) in which `input_ids` holds one placeholder an image and not one a token.
+    """
+    vision = None
+    for module in model.modules():
+        if type(module).__name__ in HF_MODELS and hasattr(module.config, "image_token_id"):
+            return module
+        if vision is None and hasattr(getattr(module, "config", None), "vision_config"):
+            vision = module
+    if vision is not None:
+        raise ValueError(
+            f"{type(vision).__name__} of this version of transformers is not supported: use a LLaVA model of the "
+            f"haotian-liu code base, or {', '.join(HF_MODELS)} of transformers 5.x"
+        )
+    return None
+
+
+def image_token(model: nn.Module) -> int:
+    """The placeholder of images in `input_ids`: one an image for LLaVA, one a vision token for Hugging Face."""
+    hf = None if find_llava(model) is not None else find_hf_llava(model)
+    return IMAGE_TOKEN_INDEX if hf is None else hf.config.image_token_id
+
+
 def attention_backend(decoder: nn.Module) -> str:
-    """`eager`, `sdpa` or `flash_attention_2`."""
-    return decoder.config._attn_implementation
+    """`eager`, `sdpa` or `flash_attention_2`.
+
+    Raises:
+        ValueError: another backend, or a sliding window, which counts rows and not positions, so that removing rows
+            would widen it.
+    """
+    backend, config = decoder.config._attn_implementation, decoder.config
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"attention backend {backend!r} is not supported: load the model with attn_implementation set to one of "
+            f"{', '.join(BACKENDS)}"
+        )
+    kinds = getattr(config, "layer_types", None)  # 5.x; Mistral has the window alone
+    window = getattr(config, "sliding_window", None)
+    slides = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
+    if slides and getattr(config, "use_sliding_window", True):
+        raise ValueError(
+            f"sliding window attention (window {window}) is not supported: where prompts stay shorter than the window "
+            "set sliding_window (and use_sliding_window) of the text config to None before loading the model"
+        )
+    return backend
 
 
 def bind_arguments(function: Callable) -> Callable[[tuple, dict], dict[str, Any]]:
@@ -70,6 +123,39 @@ def cache_length(cache: Any, layer: int) -> int:
     return int(cache.get_seq_length(layer))
 
 
+def check_cache(cache: Any) -> None:
+    """Raises ValueError for a cache of fixed length (5.x), which can not hold fewer rows in later layers."""
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(
+            f"{type(cache).__name__} has a fixed length in every layer, pruning makes later layers shorter: use the "
+            "dynamic cache (leave cache_implementation unset), or prune_mode(model, 'origin')"
+        )
+
+
+def execution_device(layer: nn.Module) -> torch.device:
+    """Where a decoder layer computes; with device_map accelerate may hold its weights elsewhere until then."""
+    for module in (layer, layer.input_layernorm):
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return layer.input_layernorm.weight.device
+
+
+def on_device(call: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A layer call's arguments on the layer's device, as accelerate's own hook, which runs later, would move them."""
+    if call["hidden_states"].device == device:
+        return call
+    return {name: _moved(value, device) for name, value in call.items()}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple) and all(isinstance(item, Tensor) for item in value):  # cos and sin
+        return tuple(item.to(device) for item in value)
+    return value
+
+
 def with_hidden_states(output: Tensor | tuple, hidden_states: Tensor) -> Tensor | tuple:
     """A layer's output with other hidden states; 4.37 returns tuples, 5.x a tensor."""
     return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
@@ -83,13 +169,27 @@ def hidden_states_of(output: Tensor | tuple) -> Tensor:
 def vision_tokens_per_image(model: nn.Module) -> int | None:
     """Vision tokens of one image before any pruning, or None where it depends on the image (anyres)."""
     llava = find_llava(model)
-    if llava is None or getattr(llava.config, "image_aspect_ratio", None) == "anyres":
+    if llava is None:
+        return _vision_tokens_per_hf_image(model)
+    if getattr(llava.config, "image_aspect_ratio", None) == "anyres":
         return None
     tower = llava.get_vision_tower()
     try:
         return None if tower is None else int(tower.num_patches)
     except AttributeError:  # a tower of another project
         return None
+
+
+def _vision_tokens_per_hf_image(model: nn.Module) -> int | None:
+    hf = find_hf_llava(model)
+    if hf is None or hf.config.model_type != "llava":
+        return None
+    vision = hf.config.vision_config
+    if not isinstance(getattr(vision, "image_size", None), int) or vision.model_type == "pixtral":
+        return None
+    class_token = vision.model_type == "clip_vision_model"
+    dropped = hf.config.vision_feature_select_strategy == "default"
+    return (vision.image_size // vision.patch_size) ** 2 + class_token - dropped
 
 
 def rotary_tables(attention: nn.Module, call: dict[str, Any], like: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -139,6 +239,30 @@ def exclude_frozen_parameters(engine: Any) -> None:
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
 
 
+def configure_cpu_ranks() -> bool:
+    """Tell accelerate of the process group of CPU ranks, which accelerate 1.x counts as one process under DeepSpeed.
+
+    It looks for GPUs alone unless it is told to leave them, and then it leaves DeepSpeed too.
+
+    Returns:
+        Whether there was a group to tell of; `TrainingArguments` then have to use the configured state.
+    """
+    import os
+
+    import torch.distributed as dist
+
+    if torch.cuda.is_available() or not dist.is_initialized():
+        return False
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        PartialState(backend=dist.get_backend())
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+    return True
+
+
 def loading_numpy_random_state() -> AbstractContextManager:
     """Let `torch.load` read a Trainer's RNG file: torch >= 2.6 loads weights only, 4.37 lists no numpy types."""
     if not hasattr(torch.serialization, "safe_globals"):
@@ -148,6 +272,17 @@ def loading_numpy_random_state() -> AbstractContextManager:
     reconstruct = np.random.get_state()[1].__reduce__()[0]  # numpy.core or numpy._core, by version
     types = [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     return torch.serialization.safe_globals(types)
+
+
+def llava_image_processor_class() -> type:
+    """LLaVA's image processor of 5.x; without torchvision its first name raises on use, the PIL one works."""
+    import transformers
+
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return transformers.LlavaImageProcessorPil
+    return transformers.LlavaImageProcessor
 
 
 @contextmanager

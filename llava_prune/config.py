@@ -14,8 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from .budget import layer_counts
+
 ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st")
 ALIGNMENTS = ("gan", "mse", "mean_var", "kl", "none")
+SELECTIONS = ("threshold", "topk")
 GAN_LOSSES = ("non_saturating", "hinge")
 
 
@@ -40,6 +43,10 @@ class PruneConfig:
     )
     target_sparsity: float | None = _field(
         None, "1 - average tokens / vision tokens, in (0, 1); set this or target_token_num"
+    )
+    selection: str = _field(
+        "threshold",
+        "tokens to keep in masked and hard mode: by threshold, or topk, exactly the target for each sample",
     )
     threshold: float = _field(0.5, "keep probability above which a token is kept in masked and hard mode")
     min_keep: int = _field(1, "vision tokens that every pruning layer keeps at least, per sample")
@@ -124,7 +131,12 @@ class PruneConfig:
             raise ValueError(f"target_token_num must be positive, got {self.target_token_num}")
         if self.target_sparsity is not None and not 0 < self.target_sparsity < 1:
             raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")
-        for name, allowed in (("estimator", ESTIMATORS), ("alignment", ALIGNMENTS), ("gan_loss", GAN_LOSSES)):
+        for name, allowed in (
+            ("selection", SELECTIONS),
+            ("estimator", ESTIMATORS),
+            ("alignment", ALIGNMENTS),
+            ("gan_loss", GAN_LOSSES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in (
@@ -153,6 +165,8 @@ class PruneConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.pruner_dim % self.pruner_heads:
             raise ValueError(f"pruner_dim {self.pruner_dim} must be divisible by pruner_heads {self.pruner_heads}")
+        if self.max_keep is not None and self.selection == "topk":
+            raise ValueError("max_keep bounds selection 'threshold'; with 'topk' the target alone sets the counts")
         if self.max_keep is not None and self.max_keep < self.min_keep:
             raise ValueError(f"max_keep {self.max_keep} must be at least min_keep {self.min_keep}")
 
@@ -186,6 +200,12 @@ class PruneConfig:
         """Average tokens that no pruner can go below: the layers before the first pruning layer see everything."""
         return self.pruning_layers[0] * vision_tokens / num_layers
 
+    def with_budget(self, average_tokens: float) -> PruneConfig:
+        """The same pruners at exactly `average_tokens` average tokens per image."""
+        return dataclasses.replace(
+            self, selection="topk", target_token_num=average_tokens, target_sparsity=None, max_keep=None
+        )
+
     def check_budget(self, vision_tokens: int, num_layers: int) -> None:
         """Raises ValueError, with the floor in the message, when the target can not be reached."""
         floor = self.floor(vision_tokens, num_layers)
@@ -199,6 +219,8 @@ class PruneConfig:
                 f"{vision_tokens}): the {self.pruning_layers[0]} layers before the first pruning layer see all "
                 "vision tokens. Raise the target or prune at an earlier layer"
             )
+        if self.selection == "topk":  # every pruning layer keeps min_keep on top
+            layer_counts(vision_tokens, target, self.pruning_layers, num_layers, None, self.min_keep)
 
     # ---- reading and writing
 

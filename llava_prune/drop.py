@@ -30,6 +30,10 @@ class Rows:
         positions = torch.arange(length, device=device).expand(batch, -1)
         return cls(positions, torch.ones_like(positions, dtype=torch.bool), False)
 
+    def to(self, device: torch.device) -> Rows:
+        """The same on another device."""
+        return Rows(self.positions.to(device), self.valid.to(device), self.ragged)
+
     def complete(self, length: int) -> bool:
         """Whether nothing was removed from a sequence of `length` positions."""
         return not self.ragged and self.positions.shape[1] == length

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from . import compat
 from .attention_masks import of_cached_rows, of_rows, with_bias, without_keys
+from .budget import layer_counts
 from .config import PruneConfig
 from .drop import Rows
-from .layout import gather_rows, padded_index
-from .masks import estimate_mask, keep_probability, log_bias, select_tokens, straight_through_selection
+from .layout import TokenLayout, gather_rows, padded_index
+from .masks import (
+    estimate_mask,
+    keep_probability,
+    log_bias,
+    select_best,
+    select_tokens,
+    straight_through_selection,
+)
 from .residual import question_attention
 from .state import ForwardRecord, PruneState
 
@@ -50,6 +58,7 @@ class LayerForward:
         self.layer = layer
         self.original = original
         self.pruner = pruner
+        self.num_layers = num_layers
         self.last = index == num_layers - 1
         self.config = config
         self.state = state
@@ -65,10 +74,34 @@ class LayerForward:
             if self.state.stock_features is not None and self.index in self.state.feature_layers:
                 self.state.stock_features[self.index] = compat.hidden_states_of(output)
             return output
-        call = self.bind(args, kwargs)
+        device = compat.execution_device(self.layer)
+        call = compat.on_device(self.bind(args, kwargs), device)
+        record.move(device)
         if record.mode == "hard":
             return self._hard(call, record)
         return self._masked(call, record)
+
+    def _select(self, probability: Tensor, alive: Tensor, record: ForwardRecord) -> Tensor:
+        """(B, N) bool, the alive tokens that stay."""
+        config = self.config
+        if config.selection == "threshold":
+            return select_tokens(probability, alive, config.threshold, config.min_keep, config.max_keep)
+        if record.budgets is None:
+            record.budgets = self._budgets(record.layout)
+        counts = record.budgets[config.pruning_layers.index(self.index)]
+        return select_best(probability, alive, torch.tensor(counts, device=alive.device))
+
+    def _budgets(self, layout: TokenLayout) -> list[tuple[int, ...]]:
+        """Per pruning layer the tokens that each sample keeps."""
+        config, counts = self.config, []
+        for tokens, images in torch.stack([layout.vision_counts, layout.num_images]).T.tolist():
+            if config.target_sparsity is not None:
+                average = (1 - config.target_sparsity) * tokens
+            else:
+                average = config.target_token_num * images
+            settings = (config.pruning_layers, self.num_layers, self.state.keep_fractions, config.min_keep)
+            counts.append(layer_counts(tokens, average, *settings))
+        return list(zip(*counts, strict=True))
 
     # ---- soft and masked: every row stays, the mask changes
 
@@ -114,7 +147,7 @@ class LayerForward:
             residual,
         )
         probability = keep_probability(logits)
-        keep = select_tokens(probability, past_kept, self.config.threshold, self.config.min_keep, self.config.max_keep)
+        keep = self._select(probability, past_kept, record)
         if record.mode == "soft":
             mask = estimate_mask(
                 logits,
@@ -211,9 +244,7 @@ class LayerForward:
         logits = self.pruner(
             gather_rows(hidden, vision_index), gather_rows(hidden, question_index), question_valid, residual
         )
-        keep = select_tokens(
-            keep_probability(logits), alive, self.config.threshold, self.config.min_keep, self.config.max_keep
-        )
+        keep = self._select(keep_probability(logits), alive, record)
         selected = rows.select(~is_vision | _marked(vision_index, keep, is_vision.shape[1]))
         alive_index, _ = padded_index(past_kept, width=alive.shape[1])
         record.kept[self.index] = _marked(alive_index, keep, past_kept.shape[1])
@@ -231,6 +262,8 @@ class LayerForward:
         if call.get("position_embeddings") is not None:
             cos, sin = call["position_embeddings"]
             call["position_embeddings"] = (rows.take(cos, 1), rows.take(sin, 1))
+            # with tables given, 5.x reads the numbers only to tell packed sequences apart, and gaps look like those
+            call["position_ids"] = None
 
     def _hard_decode_mask(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
         rows = record.rows[self.segment]

@@ -85,6 +85,11 @@ class TokenLayout:
         """(B,) long, vision tokens of each sample."""
         return self.vision_valid.sum(-1)
 
+    def to(self, device: torch.device) -> TokenLayout:
+        """The same on another device."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return TokenLayout(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+
     def repeat(self, times: int) -> TokenLayout:
         """Each sample `times` times in a row, as beam search expands a batch."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -80,13 +80,23 @@ def select_tokens(
     Returns:
         (B, N) bool, a subset of `alive`. A row with fewer alive tokens than `min_keep` keeps them all.
     """
-    score = probability.masked_fill(~alive, float("-inf"))
-    # a stable sort makes ties fall to the earlier token, on every device
-    rank = score.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+    rank = _rank(probability, alive)
     keep = (probability > threshold) | (rank < min_keep)
     if max_keep is not None:
         keep = keep & (rank < max_keep)
     return keep & alive
+
+
+def select_best(probability: Tensor, alive: Tensor, counts: Tensor) -> Tensor:
+    """Binary decision: the `counts` (B,) alive tokens of the highest probability, (B, N) bool."""
+    return (_rank(probability, alive) < counts[:, None]) & alive
+
+
+def _rank(probability: Tensor, alive: Tensor) -> Tensor:
+    """(B, N) place of each token, best first; tokens that are not alive come last."""
+    score = probability.masked_fill(~alive, float("-inf"))
+    # a stable sort makes ties fall to the earlier token, on every device
+    return score.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
 
 
 def straight_through_selection(probability: Tensor, keep: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ def budget_terms(
             "prune/keep_ratio": (kept * weights).sum() / count,
             "prune/keep_ratio_binary": (hard * weights).sum() / count,
             "prune/target_ratio": (target * weights).sum() / count,
+            "prune/with_image": weights.max(),  # where this is 0 the ratios are 0 too and say nothing
         }
         for layer, row in zip(layers, kept_counts, strict=True):
             metrics[f"prune/keep_ratio_l{layer}"] = (row / totals.clamp(min=1) * weights).sum() / count

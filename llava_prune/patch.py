@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .announce import announcing_prepare, merging_hook
+from .announce_hf import announcing_forward
 from .config import PruneConfig
 from .forward import LayerForward
 from .merger import TokenMerger
@@ -71,8 +72,9 @@ class PruneHandle:
     def _build_modules(self) -> Pruners:
         layers = {}
         for index in self.config.pruning_layers:
-            like = self.decoder.layers[index].input_layernorm.weight
-            layers[index] = LayerPruner(self.hidden_size, self.config).to(like.device, like.dtype)
+            layer = self.decoder.layers[index]
+            device, dtype = compat.execution_device(layer), layer.input_layernorm.weight.dtype
+            layers[index] = LayerPruner(self.hidden_size, self.config).to(device, dtype)
         return Pruners(layers, self._build_merger())
 
     def _build_merger(self) -> TokenMerger | None:
@@ -80,7 +82,11 @@ class PruneHandle:
             return None
         llava = compat.find_llava(self.model)
         if llava is None:
-            raise ValueError("enable_token_merger needs a LLaVA model of the haotian-liu code base")
+            raise ValueError(
+                "enable_token_merger needs a LLaVA model of the haotian-liu code base: Hugging Face processors fix "
+                "the number of image placeholders in input_ids before the model sees them. Set enable_token_merger to "
+                "false, or use the llava stack"
+            )
         if str(getattr(llava.config, "mm_patch_merge_type", "flat")).startswith("spatial"):
             raise ValueError(
                 "enable_token_merger leaves no grid for mm_patch_merge_type 'spatial': set enable_token_merger to "
@@ -117,6 +123,10 @@ class PruneHandle:
             if self.pruners.merger is not None:
                 projector = llava.get_model().mm_projector
                 self._hooks.append(projector.register_forward_pre_hook(merging_hook(self.state, self.pruners.merger)))
+            return
+        hf = compat.find_hf_llava(self.model)
+        if hf is not None:
+            self._bind(hf, "forward", announcing_forward(hf.forward, hf, self.state, self.vision_tokens))
 
     def _extend_rotary(self, rotary: nn.Module | None) -> None:
         """4.37 cuts the table to the layer's own, short length while kept tokens have their original positions."""
@@ -173,6 +183,8 @@ class PruneHandle:
                 f"the prepared inputs have {tuple(layout.valid.shape)} positions but the decoder was given "
                 f"{(batch, length)}: call the model with what prepare_inputs_labels_for_multimodal returned last"
             )
+        if state.mode in ("masked", "hard"):
+            compat.check_cache(compat.cache_of(call))
         if batch != len(layout.valid):
             layout = layout.repeat(batch // len(layout.valid))
         self._check_mode(decoder)

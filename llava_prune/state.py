@@ -29,6 +29,7 @@ class ForwardRecord:
         kept: per pruning layer (B, N) bool, tokens that layer and later ones see.
         rows: per pruning layer the rows still present (hard).
         attention_masks: per pruning layer the mask argument its decoder layers take in the running step.
+        budgets: per pruning layer the tokens each sample keeps (selection topk).
         full_length: positions seen so far, pruned or not: the length of layer 0's cache.
         prefix: arguments of the first pruning layer, for the unpruned pass to restart from.
         features: outputs of the layers that `PruneState.feature_layers` names.
@@ -42,6 +43,7 @@ class ForwardRecord:
     kept: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)
     attention_masks: dict[int, Tensor | None] = field(default_factory=dict)
+    budgets: list[tuple[int, ...]] | None = None
     decoding: bool = False
     prefix: dict[str, Any] | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
@@ -50,6 +52,15 @@ class ForwardRecord:
     def prefill_length(self) -> int:
         """Positions of the prefill, T."""
         return self.layout.valid.shape[1]
+
+    def move(self, device: torch.device) -> None:
+        """Follow the hidden states to another device, where `device_map` spreads the layers over several."""
+        if self.layout.valid.device == device:
+            return
+        self.layout = self.layout.to(device)
+        for table in (self.logits, self.masks, self.kept, self.rows, self.attention_masks):
+            for layer, value in table.items():
+                table[layer] = None if value is None else value.to(device)
 
     def tokens_per_layer(self, num_layers: int) -> Tensor:
         """(B, num_layers) long, vision tokens that enter each decoder layer."""
@@ -71,6 +82,7 @@ class PruneState:
 
     mode: str = "origin"
     temperature: float = 1.0
+    keep_fractions: tuple[float, ...] | None = None  # of each pruning layer, late in training
     feature_layers: tuple[int, ...] = ()
     announced: TokenLayout | None = None
     merger_questions: Tensor | None = None

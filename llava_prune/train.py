@@ -59,14 +59,16 @@ def training_arguments_class(base: type) -> type:
     """LLaVA's (or Hugging Face's) `TrainingArguments` with the pruning flags; `.prune` is the resolved config."""
 
     def post_init(self: Any) -> None:
-        given = dict(self.gradient_checkpointing_kwargs or {})
+        base.__post_init__(self)
+        names = [n for n in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs") if hasattr(self, n)]
+        given = dict(getattr(self, names[0]) or {})
         if given.get("use_reentrant"):
             raise ValueError(
                 "reentrant gradient checkpointing leaves the pruners without a gradient: leave use_reentrant out of "
-                "gradient_checkpointing_kwargs, or set it to False"
+                f"{names[0]}, or set it to False"
             )
-        self.gradient_checkpointing_kwargs = {**given, "use_reentrant": False}
-        base.__post_init__(self)
+        for name in names:  # 5.x renamed it and keeps the old name in step
+            object.__setattr__(self, name, {**given, "use_reentrant": False})
         object.__setattr__(self, "prune", resolve_config(self))
 
     # under the name of the class it stands in for, so that the trainer can pickle its arguments
@@ -138,10 +140,29 @@ def check_before_loading(module: Any) -> None:
         check_training_data(data_args.data_path, data_args.image_folder)
 
 
+def _take_stack(argv: list[str]) -> str:
+    """Remove `--stack NAME` from `argv` and return the name."""
+    index = argv.index("--stack")
+    stack = argv[index + 1] if index + 1 < len(argv) else None
+    if stack not in ("llava", "hf"):
+        raise SystemExit(f"llava_prune: --stack is {stack!r}; use llava (LLaVA's own code) or hf (transformers 5.x)")
+    del argv[index : index + 2]
+    return stack
+
+
 def main() -> None:
-    """Train pruners with the command line of LLaVA's `train.py` plus the `--prune_*` flags."""
+    """Train pruners with the command line of LLaVA's `train.py` plus the `--prune_*` flags.
+
+    `--stack hf` trains on Hugging Face's classes instead, see `train_hf`.
+    """
     import sys
 
+    if "--stack" in sys.argv:
+        stack = _take_stack(sys.argv)
+        if stack == "hf":
+            from .train_hf import main as train_hf
+
+            return train_hf()
     import llava.train.train as llava_train
 
     use_cpu_where_there_is_no_gpu()

@@ -60,6 +60,7 @@ class PruneTrainerMixin:
             # what comes out is another model than the one that went in
             model.config.llava_prune_base = Path(args.output_dir).name
         _match_vision_dtype(model, args)
+        self._image_token = compat.image_token(model)
         with compat.as_model_with_adapters(model):
             super().__init__(model=model, args=args, **kwargs)
         self.adversary = None
@@ -114,7 +115,7 @@ class PruneTrainerMixin:
         """All generator terms in one scalar; `return_outputs` as in Trainer."""
         values = self._schedule()
         state = self.prune_handle.state
-        inputs = supervise_one_turn(inputs, torch.rand(len(inputs["input_ids"])))
+        inputs = supervise_one_turn(inputs, torch.rand(len(inputs["input_ids"])), self._image_token)
         outputs = model(**inputs)
         record = state.record
         terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)
@@ -196,9 +197,13 @@ class PruneTrainerMixin:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(averages)
                 averages /= dist.get_world_size()
-            metrics = dict(zip(names, (round(value, 6) for value in averages.tolist()), strict=True))
+            metrics = _ratios_of_images(dict(zip(names, averages.tolist(), strict=True)))
+            metrics = {name: round(value, 6) for name, value in metrics.items()}
             self._metrics.clear()
         super().log({**logs, **metrics}, *args, **kwargs)
+        if "prune/keep_ratio" in metrics:
+            ratios = [metrics[f"prune/keep_ratio_l{layer}"] for layer in self.prune.pruning_layers]
+            self.prune_handle.state.keep_fractions = tuple(ratios)
         if metrics:
             self._check_guards()
 
@@ -218,13 +223,14 @@ class PruneTrainerMixin:
                 "the answer needs. Lower pruner_lr or adversarial_weight_end, or raise target_warmup_ratio" + advice
             )
         floor = config.pruning_layers[0] / self.prune_handle.num_layers
-        if not any(
+        kept = [entry for entry in entries if "prune/keep_ratio" in entry][-patience:]  # not in logs without images
+        if kept and not any(
             entry["prune/keep_ratio"] - floor >= config.guard_keep_ratio * (entry["prune/target_ratio"] - floor)
-            for entry in recent
+            for entry in kept
         ):
             raise TrainingCollapsed(
-                f"average tokens stay at {recent[-1]['prune/keep_ratio']:.1%} of the vision tokens at step "
-                f"{self.state.global_step}, target {recent[-1]['prune/target_ratio']:.1%}: the keep ratio collapsed. "
+                f"average tokens stay at {kept[-1]['prune/keep_ratio']:.1%} of the vision tokens at step "
+                f"{self.state.global_step}, target {kept[-1]['prune/target_ratio']:.1%}: the keep ratio collapsed. "
                 "Lower pruner_lr or raise task_weight_start" + advice
             )
 
@@ -301,6 +307,14 @@ class PruneTrainerMixin:
         if self.prune.train_base or self.lora:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
+
+
+def _ratios_of_images(metrics: dict[str, float]) -> dict[str, float]:
+    """Averaged metrics with keep and target ratios of the batches that had an image, left out if none had."""
+    share = metrics.pop("prune/with_image")
+    ratios = ("prune/keep_ratio", "prune/target_ratio")
+    kept = {name: value for name, value in metrics.items() if share or not name.startswith(ratios)}
+    return {name: value / share if name.startswith(ratios) else value for name, value in kept.items()}
 
 
 def _set_trainable(model: nn.Module, pruners: nn.Module, config: PruneConfig, lora: bool) -> None:

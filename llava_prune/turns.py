@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .announce import IMAGE_TOKEN_INDEX
+from .compat import IMAGE_TOKEN_INDEX
 from .layout import IGNORE_INDEX
 
 
-def supervise_one_turn(inputs: dict[str, Any], draw: Tensor) -> dict[str, Any]:
+def supervise_one_turn(inputs: dict[str, Any], draw: Tensor, image_token: int = IMAGE_TOKEN_INDEX) -> dict[str, Any]:
     """Labels of one turn a sample, everything after it cut by the attention mask.
 
     Turns that end before the sample's last image are never drawn, since cutting an image would shift the others.
@@ -21,6 +21,7 @@ def supervise_one_turn(inputs: dict[str, Any], draw: Tensor) -> dict[str, Any]:
     Args:
         inputs: `input_ids`, `labels` and `attention_mask` (B, T), and whatever else; not changed.
         draw: (B,) in [0, 1), which of the eligible turns.
+        image_token: the image placeholder in `input_ids`.
 
     Returns:
         A copy with new `labels` and `attention_mask`.
@@ -30,7 +31,7 @@ def supervise_one_turn(inputs: dict[str, Any], draw: Tensor) -> dict[str, Any]:
     starts = supervised & ~torch.nn.functional.pad(supervised, (1, -1), value=False)
     turn = starts.cumsum(-1)  # 1-based inside a turn
     turns = turn[:, -1]
-    images_left = (ids == IMAGE_TOKEN_INDEX).flip(-1).cumsum(-1).flip(-1) > 0
+    images_left = ((ids == image_token) & mask.bool()).flip(-1).cumsum(-1).flip(-1) > 0
     first = (starts & images_left).sum(-1)  # turns that begin before the last image
     eligible = (turns - first).clamp(min=1)
     chosen = torch.minimum(first + 1 + (draw.to(labels.device) * eligible).long(), turns.clamp(min=1))

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_prune import PruneConfig
+from llava_prune import PruneConfig, trainer
 from llava_prune.trainer import PruneTrainerMixin, TrainingCollapsed
 
 
@@ -37,3 +37,13 @@ def test_a_collapse_stops_with_what_to_do():
         check(task=[0.1, 0.2, 0.1] + [float("nan")] * 3)
     with pytest.raises(TrainingCollapsed, match="keep ratio collapsed"):
         check(kept=[1.0, 0.5, 0.3, 0.126, 0.126, 0.126])
+
+
+def test_logs_without_an_image_are_no_collapse():
+    ratios = trainer._ratios_of_images(
+        {"loss/task": 1.0, "prune/keep_ratio": 0.2, "prune/target_ratio": 0.1, "prune/with_image": 0.5}
+    )
+    assert ratios == {"loss/task": 1.0, "prune/keep_ratio": 0.4, "prune/target_ratio": 0.2}
+    assert trainer._ratios_of_images({"loss/task": 1.0, "prune/keep_ratio_l3": 0.0, "prune/with_image": 0.0}) == {
+        "loss/task": 1.0
+    }

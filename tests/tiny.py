@@ -37,6 +37,7 @@ def tiny_llava(
         CLIPImageProcessor(size={"shortest_edge": image}, crop_size={"height": image, "width": image}).save_pretrained(
             tower
         )
+    torch.manual_seed(seed)  # the same weights whether or not the tower was made just now
     config = LlavaConfig(
         vocab_size=64,
         hidden_size=hidden,

@@ -1,0 +1,86 @@
+"""Telling the decoder what its input is made of: Hugging Face's LLaVA classes.
+
+Their `input_ids` hold one placeholder for each vision token, so the layout can be read off them. The outer model's
+`forward` is bound, not hooked: PEFT calls `forward` itself and passes hooks by.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .compat import bind_arguments
+from .layout import TokenLayout
+from .state import PruneState
+
+
+def announcing_forward(
+    original: Callable, model: nn.Module, state: PruneState, tokens_per_image: int | None
+) -> Callable:
+    """The model's `forward`, with its signature, that fills `state.announced` first.
+
+    Args:
+        original: the forward before binding.
+        model: the Hugging Face model, for its image token and whether it trains.
+        state: receives the layout of every call with an image (and of every call in training), else None.
+        tokens_per_image: vision tokens of one image, None where that depends on the image.
+    """
+    bind = bind_arguments(original)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = bind(args, kwargs)
+        state.announced = None
+        if state.mode != "origin":
+            _refuse(call)
+        has_image = _given(call, "pixel_values", "image")
+        if has_image or model.training:
+            state.announced = _layout(call, model.config.image_token_id, has_image, state.mode, tokens_per_image)
+        return original(*args, **kwargs)
+
+    return forward
+
+
+def _layout(
+    call: dict[str, Any], image_token: int, has_image: bool, mode: str, tokens_per_image: int | None
+) -> TokenLayout | None:
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if ids is None or not (mask is None or isinstance(mask, Tensor) and mask.dim() == 2):
+        if mode == "origin":
+            return None
+        raise ValueError(
+            "pruning finds the vision tokens by input_ids and a (batch, length) attention_mask (or None): pass those, "
+            "and leave cache_implementation unset (a static cache makes masks of four dimensions)"
+        )
+    is_image = (ids == image_token) & has_image
+    # a cache in use makes the mask longer than the ids; the decoder refuses an image there
+    valid = ids.new_ones(ids.shape).bool() if mask is None else mask[:, -ids.shape[1] :].bool()
+    vision = is_image & valid
+    if tokens_per_image is not None:
+        num_images = (vision.sum(-1) + tokens_per_image - 1) // tokens_per_image
+    else:  # anyres: runs of placeholders, of which processors put text between two
+        num_images = (vision & ~_shifted(vision)).sum(-1)
+    return TokenLayout.build(valid, vision, num_images, call.get("labels"))
+
+
+def _shifted(mask: Tensor) -> Tensor:
+    """(B, T) each entry's left neighbour, False at the start."""
+    return mask.roll(1, -1).index_fill(-1, mask.new_zeros(1).long(), False)
+
+
+def _given(call: dict[str, Any], pixels: str, kind: str) -> bool:
+    """Whether the call brings images (videos); `generate` of 5.x encodes them first."""
+    return call.get(pixels) is not None or (call.get("mm_encoder_outputs") or {}).get(kind) is not None
+
+
+def _refuse(call: dict[str, Any]) -> None:
+    if _given(call, "pixel_values_videos", "video"):
+        raise ValueError("videos are not pruned: run them in prune_mode(model, 'origin')")
+    if call.get("inputs_embeds") is not None:
+        raise ValueError(
+            "inputs_embeds do not say where the vision tokens are: pass input_ids and pixel_values, or run in "
+            "prune_mode(model, 'origin')"
+        )

@@ -1,0 +1,309 @@
+"""Pruners on Hugging Face models: coming and going, labels, caches, devices, pipelines, and what is refused."""
+
+import pytest
+import torch
+from tiny_hf import IMAGE_TOKEN, KINDS, batch_of, randomise_pruners, tiny
+
+from llava_prune import PruneConfig, attach_pruners, detach_pruners, last_report, load_pruners, prune_mode
+from llava_prune import save_pruners as save
+from llava_prune.patch import set_mode
+
+
+def config(**changes):
+    settings = {"pruning_layers": (1, 3, 4), "target_sparsity": 0.5, "pruner_dim": 16, "pruner_heads": 4}
+    return PruneConfig(**settings | changes)
+
+
+def pruned(model, mode="hard", **changes):
+    torch.manual_seed(0)
+    handle = attach_pruners(model, config(**changes))
+    randomise_pruners(handle)
+    set_mode(model, mode)
+    return handle
+
+
+# ---- coming and going
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detaching_leaves_nothing(kind):
+    model = tiny(kind)
+    model.generate(**batch_of(model, [9], [1]), max_new_tokens=3)  # the host installs hooks of its own on first use
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    hooks = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
+    pruned(model)
+    model.generate(**batch_of(model, [9], [1]), max_new_tokens=3)
+    detach_pruners(model)
+    assert [name for name, _ in model.named_modules()] == list(before)
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys(), name
+        assert len(module._forward_pre_hooks) == hooks[name] and "forward" not in module.__dict__
+
+
+def test_the_bound_forward_keeps_its_signature():
+    # generate and Trainer ask it which arguments the model takes
+    import inspect
+
+    model = tiny()
+    stock = inspect.signature(model.forward)
+    pruned(model)
+    assert inspect.signature(model.forward) == stock
+
+
+def test_saved_pruners_load_on_the_same_base(tmp_path):
+    model = tiny()
+    batch = batch_of(model, [9, 12], [1, 2])
+    with pruned(model), torch.no_grad():
+        expected = model(**batch).logits
+        save(model, tmp_path)
+    with load_pruners(model, tmp_path), torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_vision_tokens_and_width_come_from_the_nested_configs():
+    with pruned(tiny()) as handle:
+        assert (handle.vision_tokens, handle.hidden_size, handle.num_layers) == (16, 32, 6)
+    with pruned(tiny("next")) as handle:
+        assert handle.vision_tokens is None
+
+
+# ---- what a call computes
+
+
+def test_text_only_calls_cost_nothing():
+    model = tiny()
+    batch = batch_of(model, [9, 12], [0, 0])
+    with torch.no_grad():
+        stock = model(**batch).logits
+        with pruned(model) as handle:
+            for layer in handle.pruners.layers.values():
+                layer.forward = None  # would fail if called
+            assert torch.equal(model(**batch).logits, stock) and handle.state.record is None
+            with pytest.raises(ValueError, match="last had no image"):
+                last_report(model)
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_labels_give_the_loss_of_the_text_logits(mode):
+    model = tiny()
+    batch = batch_of(model, [9, 14, 7], [1, 2, 0], "right", answers=[3, 4, 2])
+    with pruned(model, mode), torch.no_grad():
+        output = model(**batch)
+    logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_the_loss_is_the_same_in_masked_and_hard():
+    model = tiny()
+    batch = batch_of(model, [9, 14, 7], [1, 2, 0], "left", answers=[3, 4, 2])
+    losses = []
+    with pruned(model), torch.no_grad():
+        for mode in ("masked", "hard", "origin"):
+            with prune_mode(model, mode):
+                losses.append(model(**batch).loss)
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=0)
+    assert abs(losses[0] - losses[2]) > 1e-3
+
+
+def test_answers_are_no_part_of_the_question():
+    model = tiny()
+    batch = batch_of(model, [12], [1], answers=[4])
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][0, -4:] = 5
+    kept = []
+    with pruned(model), torch.no_grad():
+        for inputs in (batch, other):
+            model(**inputs)
+            kept.append(last_report(model).kept)
+    assert all(torch.equal(kept[0][layer][0], kept[1][layer][0]) for layer in kept[0])
+
+
+def test_hidden_states_have_the_rows_that_entered_each_layer():
+    model = tiny()
+    batch = batch_of(model, [9], [1])
+    with torch.no_grad(), pruned(model):
+        output = model(**batch, output_hidden_states=True)
+        report = last_report(model)
+    length = batch["input_ids"].shape[1]
+    # the first entry is the embeddings, entry i what layer i - 1 returned; the last two have the full length again
+    rows = [length] + [length - 16 + int(tokens) for tokens in report.tokens_per_layer[0]]
+    assert [state.shape[1] for state in output.hidden_states] == rows[:-1] + [length]
+    assert output.hidden_states[-1].shape == (1, length, 32)
+
+
+def test_kv_cache_shrinks_with_the_tokens():
+    model = tiny()
+    batch = batch_of(model, [9], [1])
+    with torch.no_grad(), pruned(model):
+        cache = model(**batch, use_cache=True).past_key_values
+        tokens = last_report(model).tokens_per_layer[0]
+    text = batch["input_ids"].shape[1] - 16
+    assert [cache.get_seq_length(layer) for layer in range(6)] == [text + int(count) for count in tokens]
+
+
+# ---- caches across turns
+
+
+def test_a_second_turn_on_the_cache_is_the_same_in_masked_and_hard():
+    model = tiny()
+    first = batch_of(model, [12], [1])
+    answers = []
+    with pruned(model):
+        for mode in ("masked", "hard"):
+            with prune_mode(model, mode):
+                out = model.generate(**first, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+                ids = torch.cat([out.sequences, torch.tensor([[7, 8, 9, 10]])], -1)
+                follow = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                out = model.generate(**follow, past_key_values=out.past_key_values, max_new_tokens=12, do_sample=False)
+                answers.append(out)
+    assert torch.equal(*answers)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_prompt_is_refused():
+    model = tiny()
+    with pruned(model):
+        cache = model(**batch_of(model, [12], [1]), use_cache=True).past_key_values
+        model(**batch_of(model, [15], [1]), use_cache=True)
+        with pytest.raises(ValueError, match="prefill the whole prompt again"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_new_image_on_a_cache_in_use_is_refused():
+    model = tiny()
+    batch = batch_of(model, [12], [1])
+    with pruned(model):
+        cache = model(**batch, use_cache=True).past_key_values
+        ids = torch.tensor([[5] + [IMAGE_TOKEN] * 16 + [6]])
+        with pytest.raises(ValueError, match="prefill the whole prompt again"):
+            model(input_ids=ids, pixel_values=batch["pixel_values"], past_key_values=cache)
+
+
+# ---- devices
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@torch.no_grad()
+def test_layers_spread_and_offloaded_by_accelerate(tmp_path, residual):
+    from accelerate import dispatch_model
+
+    model = tiny()
+    batch = batch_of(model, [9, 12], [1, 2])
+    with pruned(model, use_attn_residual=residual):
+        expected = model(**batch).logits
+        answer = model.generate(**batch, max_new_tokens=8, do_sample=False)
+    device_map = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
+    parts = ["embed_tokens", "norm", "rotary_emb", *(f"layers.{i}" for i in range(6))]
+    device_map |= {f"model.language_model.{part}": "cpu" for part in parts}
+    for layer in (3, 4, 5):  # weights on the meta device until their layer runs
+        device_map[f"model.language_model.layers.{layer}"] = "disk"
+    dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path)
+    assert model.model.language_model.layers[4].input_layernorm.weight.device.type == "meta"
+    dispatched = model.model.language_model.layers[4].forward
+    with pruned(model, use_attn_residual=residual) as handle:
+        assert {p.device.type for p in handle.pruners.parameters()} == {"cpu"}
+        torch.testing.assert_close(model(**batch).logits, expected, atol=1e-6, rtol=0)
+        assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False), answer)
+    assert model.model.language_model.layers[4].forward is dispatched
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@torch.no_grad()
+def test_a_record_follows_the_layers_to_another_device(mode):
+    model = tiny()
+    with pruned(model, mode) as handle:
+        model(**batch_of(model, [9, 12], [1, 2]))
+        record = handle.state.record
+        record.move(torch.device("meta"))
+        assert {value.device.type for value in _tensors(record)} == {"meta"}
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if hasattr(value, "__dataclass_fields__"):
+        value = [getattr(value, name) for name in value.__dataclass_fields__]
+    if isinstance(value, dict):
+        value = value.values()
+    return [t for item in value for t in _tensors(item)] if not isinstance(value, (str, int, type(None))) else []
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_a_static_cache_is_refused(mode):
+    model = tiny()
+    with pruned(model, mode), pytest.raises(ValueError, match="static cache|fixed length"):
+        model.generate(**batch_of(model, [9], [1]), max_new_tokens=3, cache_implementation="static")
+
+
+def test_inputs_embeds_are_refused():
+    model = tiny()
+    with pruned(model), pytest.raises(ValueError, match="inputs_embeds do not say"):
+        model(inputs_embeds=torch.randn(1, 5, 32))
+
+
+def test_sliding_windows_are_refused():
+    with pytest.raises(ValueError, match=r"sliding window attention \(window 8\)"):
+        attach_pruners(tiny("next-mistral", sliding_window=8), config())
+
+
+def test_the_token_merger_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="Hugging Face processors fix the number of image placeholders"):
+        attach_pruners(model, config(enable_token_merger=True, merger_tokens=4))
+    assert "forward" not in model.__dict__
+
+
+def test_other_vision_language_models_are_refused():
+    from tiny_hf import text_config
+    from transformers import CLIPVisionConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+
+    tower = CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    other = VipLlavaForConditionalGeneration(VipLlavaConfig(vision_config=tower, text_config=text_config()))
+    with pytest.raises(ValueError, match="VipLlavaForConditionalGeneration .* is not supported"):
+        attach_pruners(other, config())
+
+
+def test_other_backends_are_refused():
+    with pytest.raises(ValueError, match="attention backend 'flex_attention' is not supported"):
+        attach_pruners(tiny(attention="flex_attention"), config())
+
+
+def test_reentrant_checkpointing_is_refused_in_training():
+    model = tiny()
+    batch = batch_of(model, [9], [1], answers=[3])
+    with pruned(model, "soft") as handle:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with pytest.raises(ValueError, match="reentrant"):
+            model(**batch)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(**batch).loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.pruners.parameters())
+
+
+# ---- pipelines
+
+
+@torch.no_grad()
+def test_pipeline(tmp_path):
+    from reference import FOLDER, pictures
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+    from llava_prune.convert import convert
+    from llava_prune.testbed.install import install_base
+
+    convert(install_base(tmp_path), tmp_path / "hf")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    run = pipeline("image-text-to-text", model=model, processor=AutoProcessor.from_pretrained(tmp_path / "hf"))
+    question = "What color is the shape in the top left?"
+    content = [{"type": "image", "image": pictures()[0]}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    with load_pruners(model, FOLDER / "pruners"):
+        answer = run(text=messages, max_new_tokens=8, do_sample=False, return_full_text=False)
+        assert last_report(model).average_tokens[0] < 144
+    assert isinstance(answer[0]["generated_text"], str) and answer[0]["generated_text"]

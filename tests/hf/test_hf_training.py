@@ -1,0 +1,190 @@
+"""Training on the hf stack: what the model is taught, and real runs under the deepspeed launcher."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, environment, free_port, history
+from safetensors.torch import load_file
+from transformers import AutoProcessor
+
+from llava_prune.convert import convert
+from llava_prune.data_hf import Collator, ConversationDataset
+from llava_prune.testbed.prepare import prepare
+from llava_prune.train_hf import arguments_class
+from llava_prune.turns import supervise_one_turn
+
+# noise off and per-sample terms only: then one process on the whole batch must see what two see on halves
+QUIET = {
+    "prune_estimator": "sigmoid_st",
+    "prune_noise_scale_start": 0.0,
+    "prune_noise_scale_end": 0.0,
+    "prune_disc_max_accuracy": 1.0,
+    "prune_sparsity_weight": 0.0,
+    "prune_token_count_weight": 50.0,
+    "prune_target_warmup_ratio": 0.0,
+    "prune_init_keep_logit": 0.5,
+    "prune_pruner_lr": 1e-3,
+    "max_grad_norm": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    """A small testbed with its base converted, and samples with one picture, one answer of one token each."""
+    folder = prepare(tmp_path_factory.mktemp("bed"), train=48, test=4)
+    convert(folder / "llava-mosaic-tiny", folder / "hf")
+    pictures = sorted(str(path.relative_to(folder)) for path in (folder / "images" / "train").iterdir())
+    samples = []
+    for i, picture in enumerate(pictures[:40]):
+        turns = [{"from": "human", "value": "<image>\nIs there a circle?"}, {"from": "gpt", "value": "yes"}]
+        samples.append({"id": f"s{i}", "image": picture, "conversations": turns})
+    (folder / "yes.json").write_text(json.dumps(samples))
+    mixed = [dict(sample) for sample in samples]
+    for sample in mixed[::2]:  # half of them without a picture
+        del sample["image"]
+        sample["conversations"] = [{"from": "human", "value": "Say yes."}, sample["conversations"][1]]
+    (folder / "mixed.json").write_text(json.dumps(mixed))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(bed):
+    return AutoProcessor.from_pretrained(bed / "hf")
+
+
+def run(bed, out, processes=2, stage=2, steps=4, data="yes.json", timeout=300, **flags):
+    settings = {
+        "stack": "hf",
+        "prune_config": "mosaic",
+        "model_name_or_path": bed / "hf",
+        "data_path": bed / data,
+        "image_folder": bed,
+        "output_dir": out,
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "model_max_length": 512,
+        "report_to": "none",
+        "disable_tqdm": True,
+        **flags,
+    }
+    launcher = [sys.executable, "-m", "llava_prune.train"]
+    if stage is not None:
+        deepspeed = Path(sys.executable).parent / "deepspeed"
+        launcher = [str(deepspeed), "--master_port", str(free_port()), "--num_gpus", str(processes)]
+        launcher += ["--module", "llava_prune.train", "--deepspeed", str(ROOT / f"zero_configs/zero{stage}.json")]
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    # the two stacks would rebuild DeepSpeed's operator in turns if they shared a folder
+    where = {**environment(), "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions"}
+    done = subprocess.run(
+        launcher + arguments, env=where, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    return history(out)
+
+
+# ---- data
+
+
+def test_labels_are_the_answers_with_their_end(bed, processor):
+    data = ConversationDataset(str(bed / "train.json"), str(bed), processor, 512)
+    turns = 0
+    for index in range(len(data)):
+        item, sample = data[index], data.list_data_dict[index]
+        supervised = item["labels"][item["labels"] != -100]
+        said = processor.tokenizer.decode(supervised).split("</s>")[:-1]
+        answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
+        assert [text.strip() for text in said] == answers
+        assert torch.equal(item["input_ids"][item["labels"] != -100], supervised)
+        assert (item["input_ids"] == processor.image_token_id).sum() == 144
+        turns = max(turns, len(answers))
+    assert turns > 1, "no sample had several turns"
+
+
+def test_a_batch_without_pictures_carries_a_masked_blank_one(bed, processor):
+    data = ConversationDataset(str(bed / "mixed.json"), str(bed), processor, 512)
+    batch = Collator(processor)([data[0], data[2]])
+    placeholder = batch["input_ids"] == processor.image_token_id
+    assert batch["pixel_values"].shape[0] == 1 and placeholder.sum() == 144
+    assert not batch["attention_mask"][placeholder].any() and (batch["labels"][placeholder] == -100).all()
+    turns = supervise_one_turn(batch, torch.zeros(2), processor.image_token_id)
+    assert torch.equal(turns["labels"], batch["labels"])
+    mixed = Collator(processor)([data[0], data[1]])
+    assert mixed["pixel_values"].shape[0] == 1 and (mixed["input_ids"] == processor.image_token_id).sum() == 144
+
+
+def test_vision_tokens_that_would_be_cut_are_refused(bed, processor):
+    data = ConversationDataset(str(bed / "yes.json"), str(bed), processor, 100)
+    with pytest.raises(ValueError, match="raise --model_max_length"):
+        data[0]
+
+
+def test_reentrant_checkpointing_is_refused_and_the_other_kind_set(tmp_path):
+    arguments = arguments_class()
+    settings = {"output_dir": str(tmp_path), "prune_config": "mosaic", "use_cpu": True}
+    with pytest.raises(ValueError, match="reentrant"):
+        arguments(**settings, activation_checkpointing_kwargs={"use_reentrant": True})
+    assert arguments(**settings).activation_checkpointing_kwargs == {"use_reentrant": False}
+
+
+# ---- runs
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(bed, tmp_path):
+    expected = run(bed, tmp_path / "one", processes=1, stage=None, per_device_train_batch_size=8, **QUIET)
+    for stage in (2, 3):
+        logs = run(bed, tmp_path / f"zero{stage}", stage=stage, activation_checkpointing=stage == 3, **QUIET)
+        assert len(logs) == len(expected) == 4
+        for ours, theirs in zip(logs, expected, strict=True):
+            for name in (
+                "loss",
+                "loss/task",
+                "loss/adversarial",
+                "loss/token_count",
+                "gan/d_loss",
+                "prune/keep_ratio",
+            ):
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (stage, name, ours["step"])
+        ours, theirs = (load_file(tmp_path / out / "pruners.safetensors") for out in (f"zero{stage}", "one"))
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], atol=2e-3, rtol=0)
+
+
+@pytest.mark.distributed
+def test_ranks_without_pictures_do_not_hang_zero3(bed, tmp_path):
+    logs = run(bed, tmp_path, stage=3, steps=6, data="mixed.json", per_device_train_batch_size=1, timeout=200)
+    assert len(logs) == 6
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_ends_where_an_unbroken_one_does(bed, tmp_path):
+    run(bed, tmp_path / "whole", steps=4, save_strategy="steps", save_steps=2)
+    run(bed, tmp_path / "broken", steps=4, save_strategy="steps", save_steps=2)
+    for name in ("pruners.safetensors", "prune_config.json", "trainer_state.json"):
+        (tmp_path / "broken" / name).unlink()
+    import shutil
+
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    run(bed, tmp_path / "broken", steps=4, save_strategy="steps", save_steps=2)
+    whole, broken = (load_file(tmp_path / name / "pruners.safetensors") for name in ("whole", "broken"))
+    for name in whole:
+        torch.testing.assert_close(broken[name], whole[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.distributed
+def test_lora_trains_beside_the_pruners(bed, tmp_path):
+    run(bed, tmp_path, lora_enable=True, lora_r=4, steps=3)
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert adapter and not any("pruner" in name for name in adapter)
+    assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name), "LoRA did not move"
+    description = json.loads((tmp_path / "prune_config.json").read_text())
+    assert description["base_model"]["name"] == "llava-mosaic-tiny"
+    assert len(description["keep_fractions"]) == 3
