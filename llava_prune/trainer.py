@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainerState, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from . import compat
 from .adversary import Adversary
@@ -251,13 +252,27 @@ class PruneTrainerMixin:
 
         self.accelerator.prepare = prepare_and_bind
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the host does, then save the pruners to the output directory."""
-        result = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train as the host does, then save the pruners to the output directory; arguments as in Trainer."""
+        finished = self._finished_checkpoint() if resume_from_checkpoint else None
+        if finished is None:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        else:
+            # the host would take one step more than max_steps
+            self._check_same_settings(finished)
+            self.prune_handle.pruners.load_state_dict(read_weights(finished))
+            self.state, result = TrainerState.load_from_json(str(Path(finished) / "trainer_state.json")), None
         save_pruners(self.model, self.args.output_dir, write=self.args.should_save)
         # LLaVA's LoRA saving collects whatever is trainable; the pruners have a file of their own
         self.prune_handle.pruners.requires_grad_(False)
         return result
+
+    def _finished_checkpoint(self) -> str | None:
+        """The newest checkpoint, if it is of the last step and holds all that was trained."""
+        newest = get_last_checkpoint(self.args.output_dir)
+        if newest is None or self.prune.train_base or self.lora or self.args.max_steps <= 0:
+            return None
+        return newest if int(newest.rsplit("-", 1)[1]) >= self.args.max_steps else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Pruners alone, and the whole model if the base was trained."""

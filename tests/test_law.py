@@ -79,6 +79,18 @@ def test_generation_strategies_agree(llava, sampling):
     assert torch.equal(*generated)
 
 
+def test_an_empty_question_is_pruned_all_the_same(llava):
+    inputs = batch_of([2, 2, 9], [1, 1, 1])  # both text tokens stand before the image
+    handle = attach_pruners(llava, config(use_attn_residual=True))
+    randomise_pruners(handle)
+    results = []
+    for mode in ("masked", "hard"):
+        with prune_mode(llava, mode):
+            results.append(logits(llava, inputs))
+    assert handle.state.record.layout.question.sum(-1).tolist() == [0, 0, 7]
+    assert (results[0] - results[1])[handle.state.record.layout.text].abs().max() < 1e-4
+
+
 def test_grouped_query_attention(tower_folder):
     model = tiny_llava(tower_folder, kv_heads=2)
     inputs = batch_of([9, 14], [1, 1])

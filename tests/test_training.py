@@ -97,6 +97,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(testbed, tmp_path):
         assert {k: v for k, v in ours.items() if "/" in k or k == "loss"} == pytest.approx(
             {k: v for k, v in theirs.items() if "/" in k or k == "loss"}, rel=1e-5
         )
+    finished = (broken / "pruners.safetensors").read_bytes()
+    assert len(train(testbed, broken, **{**flags, "steps": 6})) == 6, "a finished run was trained further"
+    assert (broken / "pruners.safetensors").read_bytes() != finished, "step 6 is before step 7"
     # a frozen base stays out of every checkpoint
     pruners = (broken / "pruners.safetensors").stat().st_size
     base = (testbed / "llava-mosaic-tiny" / "model.safetensors").stat().st_size
@@ -173,6 +176,31 @@ def test_other_alignments_train(testbed, tmp_path, alignment):
     logs = train(testbed, tmp_path, processes=1, stage=None, steps=2, prune_alignment=alignment)
     assert ("loss/adversarial" in logs[0]) == (alignment != "none")
     assert not any(name.startswith("gan/") for name in logs[0])
+
+
+def test_an_image_that_breaks_off_is_named(testbed, tmp_path):
+    from llava_prune.data_check import NamedErrors, check_training_data
+
+    samples = json.loads((testbed / "train.json").read_text())[:2]
+    picture = (testbed / samples[1]["image"]).read_bytes()
+    (tmp_path / "half.png").write_bytes(picture[: len(picture) // 2])
+    samples[1]["image"] = "half.png"
+    (tmp_path / "train.json").write_text(json.dumps(samples[1:]))
+    assert check_training_data(str(tmp_path / "train.json"), str(tmp_path)) == 1  # its header is whole
+
+    class Pictures:
+        list_data_dict = samples[1:]
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            from PIL import Image
+
+            return Image.open(tmp_path / self.list_data_dict[index]["image"]).convert("RGB")
+
+    with pytest.raises(ValueError, match="half.png.*resumes from the last checkpoint"):
+        NamedErrors(Pictures())[0]
 
 
 def test_bad_data_and_settings_stop_before_the_model_is_loaded(testbed, tmp_path):
