@@ -71,9 +71,14 @@ def training_arguments_class(base: type) -> type:
             object.__setattr__(self, name, {**given, "use_reentrant": False})
         object.__setattr__(self, "prune", resolve_config(self))
 
-    # under the name of the class it stands in for, so that the trainer can pickle its arguments
-    namespace = {"__post_init__": post_init, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return dataclasses.make_dataclass(base.__name__, flag_fields(), bases=(base,), namespace=namespace)
+    def reduce(self: Any) -> tuple:
+        # trainers pickle their arguments, and no module holds a class that is made here
+        from transformers import TrainingArguments
+
+        return object.__new__, (TrainingArguments,), self.__dict__
+
+    namespace = {"__post_init__": post_init, "__reduce__": reduce}
+    return dataclasses.make_dataclass("PruneTrainingArguments", flag_fields(), bases=(base,), namespace=namespace)
 
 
 def use_cpu_where_there_is_no_gpu() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def test_every_field_is_a_flag_and_an_override(tmp_path):
     assert args.prune.pruning_layers == (2, 5) and args.prune.use_attn_residual is True
     assert args.prune.target_sparsity == 0.5 and args.prune.target_token_num is None
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert pickle.loads(pickle.dumps(args)).prune == args.prune
     with pytest.raises(ValueError, match="use_reentrant"):
         type(args)(output_dir=str(tmp_path), gradient_checkpointing_kwargs={"use_reentrant": True})
 

@@ -1,6 +1,7 @@
 """Training on the hf stack: what the model is taught, and real runs under the deepspeed launcher."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,12 @@ def bed(tmp_path_factory):
         sample["conversations"] = [{"from": "human", "value": "Say yes."}, sample["conversations"][1]]
     (folder / "mixed.json").write_text(json.dumps(mixed))
     return folder
+
+
+def test_arguments_can_be_pickled(tmp_path):
+    """As trainers do when they save a model."""
+    args = arguments_class()(output_dir=str(tmp_path), prune_config="avg128")
+    assert pickle.loads(pickle.dumps(args)).prune == args.prune
 
 
 @pytest.fixture(scope="module")
