@@ -96,7 +96,7 @@ def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) ->
         "prune_config": handle.config.to_dict(),
         "keep_fractions": handle.state.keep_fractions,
     }
-    metadata = {"format": "pt", "format_version": str(FORMAT_VERSION)}
+    metadata = {"format": "pt"}  # one entry: the order of several is not fixed, and equal weights are equal files
     write_atomically(directory / WEIGHTS, lambda path: path.write_bytes(save(weights, metadata)))
     write_atomically(directory / CONFIG, lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
 

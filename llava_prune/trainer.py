@@ -259,7 +259,7 @@ class PruneTrainerMixin:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         else:
             # the host would take one step more than max_steps
-            self._check_same_settings(finished)
+            self._take_up(finished)
             self.prune_handle.pruners.load_state_dict(read_weights(finished))
             self.state, result = TrainerState.load_from_json(str(Path(finished) / "trainer_state.json")), None
         save_pruners(self.model, self.args.output_dir, write=self.args.should_save)
@@ -292,7 +292,7 @@ class PruneTrainerMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self._check_same_settings(checkpoint)
+            self._take_up(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.adversary is not None:
             path = Path(checkpoint) / ADVERSARY_FILE
@@ -303,15 +303,18 @@ class PruneTrainerMixin:
                 )
             self.adversary.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
 
-    def _check_same_settings(self, checkpoint: str) -> None:
-        """A run that is started again goes on; one with other settings must not go on with these weights."""
-        written, now = read_description(checkpoint)["prune_config"], self.prune.to_dict()
+    def _take_up(self, checkpoint: str) -> None:
+        """Go on from what a checkpoint says of its pruners; one of other settings must not be gone on with."""
+        description = read_description(checkpoint)
+        written, now = description["prune_config"], self.prune.to_dict()
         changed = sorted(name for name in now if written.get(name) != now[name])
         if changed:
             raise ValueError(
                 f"{checkpoint} was written with other settings of {changed}: use another output_dir, or remove the "
                 "checkpoints to train anew"
             )
+        fractions = description.get("keep_fractions")
+        self.prune_handle.state.keep_fractions = None if fractions is None else tuple(fractions)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with compat.loading_numpy_random_state():

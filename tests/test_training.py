@@ -118,6 +118,15 @@ def test_a_truncated_checkpoint_folder_is_not_taken(testbed, tmp_path):
         train(testbed, tmp_path, **flags, prune_sparsity_weight=3.0)
 
 
+def test_a_finished_run_keeps_all_that_it_wrote(testbed, tmp_path):
+    flags = {"steps": 2, "stage": None, "processes": 1, "save_strategy": "steps", "save_steps": 2}
+    train(testbed, tmp_path, **flags)
+    written = [(tmp_path / name).read_bytes() for name in ("pruners.safetensors", "prune_config.json")]
+    assert json.loads(written[1])["keep_fractions"]
+    train(testbed, tmp_path, **flags)
+    assert [(tmp_path / name).read_bytes() for name in ("pruners.safetensors", "prune_config.json")] == written
+
+
 def test_lora_trains_beside_the_pruners_and_both_are_saved(testbed, tmp_path):
     out = tmp_path / "llava-lora"
     flags = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "prune_pruner_lr": 1e-3}
