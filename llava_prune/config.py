@@ -53,7 +53,8 @@ class PruneConfig:
     max_keep: int | None = _field(None, "vision tokens that a pruning layer keeps at most, per sample")
 
     # pruners
-    pruner_dim: int = _field(512, "width of a pruner")
+    pruner_rank: int = _field(128, "width that a pruner compresses the hidden states to before it attends")
+    pruner_dim: int = _field(512, "width of a pruner's attention and MLP")
     pruner_heads: int = _field(8, "attention heads of a pruner")
     init_keep_logit: float = _field(4.0, "keep logit at the start; 4 keeps 98 % of the tokens at each layer")
     use_attn_residual: bool = _field(False, "add the layer's own question-to-vision attention to the keep logit")
@@ -77,7 +78,7 @@ class PruneConfig:
     alignment: str = _field("gan", f"how pruned text hidden states follow the unpruned: {', '.join(ALIGNMENTS)}")
     gan_loss: str = _field("non_saturating", f"adversarial loss: {', '.join(GAN_LOSSES)}")
     disc_layers: tuple[int, ...] = _field((-2, -5, -8), "decoder layers whose outputs the discriminator reads")
-    disc_dim: int = _field(256, "width of the discriminator")
+    disc_dim: int = _field(128, "width of the discriminator")
     spectral_norm: bool = _field(False, "spectral normalisation of the discriminator")
     pool_start_weight: float = _field(0.3, "pooling weight of the first text token")
     pool_end_weight: float = _field(1.0, "pooling weight of the last text token")
@@ -153,6 +154,7 @@ class PruneConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in (
+            "pruner_rank",
             "pruner_dim",
             "pruner_heads",
             "merger_tokens",

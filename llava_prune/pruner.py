@@ -15,22 +15,25 @@ class LayerPruner(nn.Module):
     question at any depth: the pruner reads the question's own hidden states. A token's logits depend on that token
     and the question only, so they are the same whether or not other tokens were removed before.
 
+    Vision and question are states of one residual stream, so one projection to `pruner_rank` serves both. It keeps
+    the pruner small beside a decoder layer: 1.3 M parameters at width 4096, where projections of their own take 7 M.
+
     Args:
         hidden_size: width of the decoder.
-        config: `pruner_dim`, `pruner_heads`, `init_keep_logit` and the attention residual's fields are read.
+        config: the pruner's own fields, `init_keep_logit` and the attention residual's are read.
     """
 
     def __init__(self, hidden_size: int, config: PruneConfig):
         super().__init__()
-        dim = config.pruner_dim
+        rank, dim = config.pruner_rank, config.pruner_dim
         self.norm_vision = nn.LayerNorm(hidden_size)
         self.norm_question = nn.LayerNorm(hidden_size)
         # stands in for the question where there is none
         self.no_question = nn.Parameter(torch.zeros(1, 1, hidden_size))
-        self.embed_vision = nn.Linear(hidden_size, dim)
-        self.attention = CrossAttention(dim, hidden_size, dim, config.pruner_heads)
-        self.norm_joint = nn.LayerNorm(dim)
-        self.joint_hidden = nn.Linear(dim, dim)
+        self.compress = nn.Linear(hidden_size, rank, bias=False)
+        self.attention = CrossAttention(rank, rank, dim, config.pruner_heads)
+        self.norm_joint = nn.LayerNorm(rank + dim)
+        self.joint_hidden = nn.Linear(rank + dim, dim)
         self.joint_logits = nn.Linear(dim, 2)
         self.use_attn_residual = config.use_attn_residual
         if config.use_attn_residual:
@@ -58,11 +61,11 @@ class LayerPruner(nn.Module):
         Returns:
             (B, N, 2) fp32 logits, drop and keep.
         """
-        dtype = self.embed_vision.weight.dtype
+        dtype = self.joint_hidden.weight.dtype
         context = torch.cat([self.no_question.expand(len(question), -1, -1), question.to(dtype)], dim=1)
         mask = F.pad(question_mask, (1, 0), value=True)
-        embedded = self.embed_vision(self.norm_vision(vision.to(dtype)))
-        joint = embedded + self.attention(embedded, self.norm_question(context), mask)
+        embedded = self.compress(self.norm_vision(vision.to(dtype)))
+        joint = torch.cat([embedded, self.attention(embedded, self.compress(self.norm_question(context)), mask)], -1)
         logits = self.joint_logits(F.gelu(self.joint_hidden(self.norm_joint(joint)))).float()
         if attn_residual is not None:
             residual = self.residual_weight.float() * attn_residual.float()

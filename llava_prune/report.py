@@ -74,13 +74,14 @@ def llm_flops(handle: PruneHandle, tokens_per_layer: Tensor, text_tokens: Tensor
 
 def pruner_flops(handle: PruneHandle, tokens_per_layer: Tensor, text_tokens: Tensor) -> Tensor:
     """FLOPs of all pruners in one prefill, (B,) fp64; all text tokens are counted as question, an upper bound."""
-    d, p = handle.hidden_size, handle.config.pruner_dim
+    d, r, p = handle.hidden_size, handle.config.pruner_rank, handle.config.pruner_dim
     total = torch.zeros(len(text_tokens), dtype=torch.float64)
     question = text_tokens.double().cpu() + 1
     for layer in handle.config.pruning_layers:
         n = tokens_per_layer[:, layer - 1].double().cpu()  # what enters the pruner is what the layer before had
-        per_vision = d * p + p * p + p * p + p * p + 2 * p  # embed, query, output, hidden, logits
-        total += 2 * (n * per_vision + question * 2 * d * p + 2 * n * question * p)
+        per_vision = d * r + r * p + p * p + (r + p) * p + 2 * p  # compress, query, output, hidden, logits
+        per_question = d * r + 2 * r * p  # compress, key, value
+        total += 2 * (n * per_vision + question * per_question + 2 * n * question * p)
         if handle.config.use_attn_residual:
             total += 2 * ((n + question) * d * d + question * d * d + question * (n + question) * d)
     return total

@@ -1,11 +1,13 @@
 """What the llava stack computes for a few conversations, stored for the hf stack to be held against.
 
-    python tests/reference.py        # with the llava stack: writes tests/hf/reference/
+    PYTHONPATH=. python tests/reference.py               # with the llava stack: writes tests/hf/reference/
+    PYTHONPATH=. python tests/reference.py --pruners     # draws new random pruners first
 
 Both stacks import this file: `pictures` and `CONVERSATIONS` are the questions, `build` the llava stack's answers.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -92,17 +94,34 @@ def build(folder):
     return cases, tensors
 
 
-def write():
-    """Stores what `build` returns. The pruners stay: random ones, saved once from `randomise_pruners` of tiny.py."""
+def draw_pruners(folder):
+    """Stores random pruners with the stored settings."""
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from tiny import randomise_pruners
+
+    from llava_prune import PruneConfig, attach_pruners, save_pruners
+    from llava_prune.testbed.install import install_base
+
+    settings = json.loads((FOLDER / "pruners" / "prune_config.json").read_text())["prune_config"]
+    model = LlavaLlamaForCausalLM.from_pretrained(install_base(folder), torch_dtype=torch.float32)
+    torch.manual_seed(0)
+    randomise_pruners(attach_pruners(model, PruneConfig.from_dict(settings)))
+    save_pruners(model, FOLDER / "pruners")
+
+
+def write(new_pruners):
+    """Stores what `build` returns, of the stored pruners or of new ones."""
     import tempfile
 
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as folder:
+        if new_pruners:
+            draw_pruners(Path(folder))
         cases, tensors = build(Path(folder))
     (FOLDER / "reference.json").write_text(json.dumps(cases) + "\n")
     save_file(tensors, FOLDER / "reference.safetensors")
 
 
 if __name__ == "__main__":
-    write()
+    write("--pruners" in sys.argv[1:])

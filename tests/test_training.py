@@ -233,3 +233,40 @@ def test_bad_data_and_settings_stop_before_the_model_is_loaded(testbed, tmp_path
         )
         assert done.returncode != 0 and message in done.stdout + done.stderr, (message, done.stderr[-2000:])
     assert not (tmp_path / "out" / "pruners.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_at_the_width_of_7b_takes_tens_of_megabytes(wide_base, yes_no, tmp_path, stage):
+    """Pruners and discriminator of preset `default`, their optimizers' moments, and nothing of the frozen base."""
+    flags = {
+        "model_name_or_path": wide_base,
+        "vision_tower": wide_base / "vision_tower",
+        "prune_config": "default",
+        "prune_pruning_layers": [1, 2, 3],
+        "prune_disc_layers": [-1, -2, -3],
+        "prune_target_token_num": 60,
+        "per_device_train_batch_size": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    train(yes_no, tmp_path, processes=1, stage=stage, steps=1, **flags)
+    files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-1").rglob("*") if p.is_file()}
+    print(files)
+    assert 30e6 < sum(files.values()) < 100e6, files
+    assert (tmp_path / "pruners.safetensors").stat().st_size < 20e6
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory):
+    """A random LLaVA as wide as the 7B model, of few layers."""
+    from llava_prune.testbed.base_model import BaseSize, build_base, save_base
+
+    folder = tmp_path_factory.mktemp("wide") / "llava-wide"
+    folder.mkdir()
+    model, _ = build_base(folder, BaseSize(layers=4, hidden=4096, mlp=64, heads=32))
+    save_base(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["mm_vision_tower"] = str(folder / "vision_tower")
+    (folder / "config.json").write_text(json.dumps(config))
+    yield folder
+    shutil.rmtree(folder)

@@ -1,17 +1,18 @@
-"""The law on a GPU: half precision, SDPA and FlashAttention-2. Run with `pytest tests/gpu -m gpu`."""
+"""The law on a GPU, llava stack: half precision, FlashAttention-2, quantised bases: `pytest tests/gpu -m gpu`."""
 
 import importlib.util
 
 import pytest
 import torch
+from same import assert_keep_all_is_stock, assert_masked_equals_hard
 from tiny import batch_of, randomise_pruners, tiny_llava
 
-from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
+from llava_prune import PruneConfig, attach_pruners, prune_mode
 
 pytestmark = pytest.mark.gpu
 
 CONFIG = PruneConfig(pruning_layers=(1, 3, 4), target_token_num=10, pruner_dim=16, pruner_heads=4)
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
+BASE_CONFIG = PruneConfig(pruning_layers=(1, 3, 5), target_token_num=41, pruner_dim=64, pruner_heads=4)
 
 
 def on_gpu(folder, attention, dtype, **values):
@@ -42,22 +43,9 @@ def test_masked_equals_hard(tower_folder, attention, dtype, side):
     with torch.no_grad():
         stock = model(**inputs).logits
         handle = attach_pruners(model, CONFIG)
-        for mode in ("origin", "masked", "hard"):
-            with prune_mode(model, mode):
-                kept_all = model(**inputs).logits
-                assert torch.equal(kept_all[handle.state.record.layout.text], stock[handle.state.record.layout.text])
+        assert_keep_all_is_stock(model, handle, inputs, stock)
         randomise_pruners(handle)
-        results, reports = {}, {}
-        for mode in ("masked", "hard"):
-            with prune_mode(model, mode):
-                results[mode] = model(**inputs).logits.float()
-                reports[mode] = last_report(model).tokens_per_layer
-    text = handle.state.record.layout.text
-    scale = results["masked"][text].abs().max()
-    difference = (results["masked"] - results["hard"])[text].abs().max() / scale
-    print(f"{attention} {dtype} {side}: relative difference {difference:.1e}, tokens {reports['hard'].tolist()}")
-    assert torch.equal(reports["masked"], reports["hard"])
-    assert difference < TOLERANCE[dtype]
+        assert_masked_equals_hard(model, handle, inputs, dtype, f"{attention} {side}")
     generated = []
     for mode in ("masked", "hard"):
         with prune_mode(model, mode):
@@ -66,12 +54,46 @@ def test_masked_equals_hard(tower_folder, attention, dtype, side):
                     inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
                     images=inputs["images"],
-                    max_new_tokens=8,
+                    max_new_tokens=32,
                     do_sample=False,
                 )
             )
     if dtype == torch.float32:
         assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_base_with_bf16_pruners(tmp_path, bits, attention):
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from transformers import BitsAndBytesConfig
+
+    from llava_prune.testbed.install import install_base
+
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["lm_head", "mm_projector"],
+    )
+    model = LlavaLlamaForCausalLM.from_pretrained(
+        install_base(tmp_path),
+        torch_dtype=torch.bfloat16,
+        quantization_config=quantisation,
+        attn_implementation=attention,
+        device_map={"": 0},
+    ).eval()
+    model.get_vision_tower().load_model()
+    model.get_vision_tower().to("cuda", torch.bfloat16)
+    inputs = cuda(batch_of([9, 14, 7, 11], [1, 0, 2, 1], image=192, vocab=500), torch.bfloat16)
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        handle = attach_pruners(model, BASE_CONFIG)
+        assert {p.dtype for p in handle.pruners.parameters()} == {torch.bfloat16}
+        assert_keep_all_is_stock(model, handle, inputs, stock)
+        randomise_pruners(handle)
+        assert_masked_equals_hard(model, handle, inputs, torch.bfloat16, f"{bits} bits {attention}")
 
 
 def test_soft_mode_on_flash_attention_is_refused(tower_folder):
