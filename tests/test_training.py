@@ -252,7 +252,7 @@ def test_a_checkpoint_at_the_width_of_7b_takes_tens_of_megabytes(wide_base, yes_
     train(yes_no, tmp_path, processes=1, stage=stage, steps=1, **flags)
     files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-1").rglob("*") if p.is_file()}
     print(files)
-    assert 30e6 < sum(files.values()) < 100e6, files
+    assert 30 < sum(files.values()) / 2**20 < 100, files
     assert (tmp_path / "pruners.safetensors").stat().st_size < 20e6
 
 
