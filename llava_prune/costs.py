@@ -80,15 +80,19 @@ def _flops(handle: PruneHandle, mode: str, observations: list[Observation]) -> d
     features = sum(each.projector_rows for each in observations)
     llm = {name: _mean(decoder_flops(shape, rows, name)) for name in CONVENTIONS}
     tower, projector = compat.vision_modules(handle.model)
-    widths = [(each.in_features, each.out_features) for each in projector.modules() if isinstance(each, nn.Linear)]
     return {
         "llm": llm,
         "llm_vision_only": {name: _mean(decoder_flops(shape, vision, name)) for name in CONVENTIONS},
         **modules,
         "llm_and_modules": llm["C"] + sum(modules.values()),
         "vision_tower": tower_flops(TowerShape.of(tower.config), images) / len(rows),
-        "projector": projector_flops(widths, features) / len(rows),
+        "projector": projector_flops(linear_widths(projector), features) / len(rows),
     }
+
+
+def linear_widths(module: nn.Module) -> list[tuple[int, int]]:
+    """(input, output) widths of the linear layers in a module."""
+    return [(each.in_features, each.out_features) for each in module.modules() if isinstance(each, nn.Linear)]
 
 
 def _kv_bytes(handle: PruneHandle, observations: list[Observation]) -> dict[str, float]:

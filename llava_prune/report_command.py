@@ -49,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     samples.add_argument("--image-folder", type=Path, help="what the question file's pictures are relative to")
     samples.add_argument("--conv-mode", default="v1", help="LLaVA's conversation template (llava stack)")
     samples.add_argument("--text_tokens", type=int, default=64, help="text of a synthetic sample")
-    samples.add_argument("--number", type=int, default=4, help="samples, the first ones of a question file")
     samples.add_argument("--batch_size", type=int, default=1)
+    samples.add_argument("--number", type=int, help="samples, the first of a question file; default: four batches")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--new_tokens", type=int, default=16, help="tokens that each call generates, 2 or more")
     timing.add_argument("--warmup", type=int, default=2, help="calls of each batch and mode that are thrown away")
@@ -73,10 +73,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--question-file and --image-folder belong together")
     if args.question_file is not None and args.shape is not None:
         raise ValueError("--shape knows no words: leave out --question-file, or give --model")
-    least = {"number": 1, "batch_size": 1, "text_tokens": 2, "new_tokens": 2, "warmup": 0, "repeats": 1}
+    least = {"batch_size": 1, "number": 1, "text_tokens": 2, "new_tokens": 2, "warmup": 0, "repeats": 1}
     for name, bound in least.items():
-        if getattr(args, name) < bound:
+        if getattr(args, name) is not None and getattr(args, name) < bound:
             raise ValueError(f"--{name} must be at least {bound}, got {getattr(args, name)}")
+    if args.number is not None and args.number % args.batch_size:
+        raise ValueError(f"--number {args.number} must be a multiple of --batch_size {args.batch_size}")
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} to")
@@ -98,6 +100,25 @@ def stack_of(args: argparse.Namespace) -> str:
     if stack != installed:
         raise ValueError(f"the {stack} stack is not installed in this environment: {STACKS[stack]} makes one")
     return stack
+
+
+def find_device(name: str | None) -> Any:
+    """The `torch.device` of that name, by default the first GPU or else the CPU; raises ValueError."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {error}") from error
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ValueError(f"--device {name}: only cpu and cuda are measured")
+    if (device.index or 0) >= torch.cuda.device_count() or not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device of that number here")
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 def load_inputs(args: argparse.Namespace, stack: str, device: Any, dtype: Any) -> Any:
@@ -151,19 +172,13 @@ def report_on(args: argparse.Namespace) -> dict[str, Any]:
     from .measure import Clock, measure, peak_memory_source
     from .samples import make_batches, read_samples, synthetic_samples
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {args.device}: no CUDA device here, use cpu")
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise ValueError(f"--device {args.device}: only cpu and cuda are measured")
+    device = find_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    number = args.number or 4 * args.batch_size
     if args.question_file is not None:
-        samples = read_samples(args.question_file, args.image_folder, args.number)
+        samples = read_samples(args.question_file, args.image_folder, number)
     else:
-        samples = synthetic_samples(args.number, SEED)
+        samples = synthetic_samples(number, SEED)
 
     torch.manual_seed(SEED)
     inputs = load_inputs(args, stack, device, dtype)
@@ -212,7 +227,7 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     try:
         result = report_on(args)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"llava_prune report: {error}")
     from .report_table import print_report
 

@@ -62,8 +62,11 @@ def _draw_costs(axis: Any, result: dict[str, Any]) -> None:
     axis.barh(labels, values, height=0.62, color=BLUE)
     axis.axvline(1, color=GREY, linewidth=2)
     for place, value in enumerate(values):
-        axis.text(value + 0.015, place, f"{value:.2f}", va="center", fontsize=9)
-    axis.set_xlim(0, 1.12 * max(1, *values))
+        inside = value > 0.2
+        at = value + (-0.015 if inside else 0.015)
+        look = {"ha": "right" if inside else "left", "color": "white" if inside else "black"}
+        axis.text(at, place, f"{value:.2f}", va="center", fontsize=9, **look)
+    axis.set_xlim(0, 1.05 * max(1, *values))
     axis.set_xlabel(f"{list(result['modes'])[1]} / origin")
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)

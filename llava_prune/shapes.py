@@ -13,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a LLaVA-1.5: Llama decoder, CLIP tower, projector of two layers. What 7B and 13B share is the default."""
+    """Sizes of a LLaVA-1.5: Llama decoder, CLIP tower, projector of two layers. Defaults: what 7B and 13B share."""
 
     hidden: int
     intermediate: int
