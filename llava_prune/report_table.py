@@ -14,6 +14,11 @@ TIME_ROWS = {
     "pruners": "    of which pruners",
     "decode_token": "decode, per token",
 }
+NOTES = (
+    "origin: the stock model, pruners taken off.",
+    "prefill: the decoder's layers, with the pruners and the removal of tokens between them; without vision tower,",
+    "projector, token merger and language model head. KV cache, measured: with the padding of its batch.",
+)
 
 
 def token_runs(*per_mode: list[float]) -> list[tuple[int, int, list[float]]]:
@@ -46,12 +51,17 @@ def print_report(result: dict[str, Any]) -> None:
         console.print(line)
     console.print(_main_table(result))
     console.print(_conventions_table(result))
+    for line in (
+        *NOTES,
+        f"peak memory: {result['timing']['memory'] or 'can not be measured here'}, weights included.",
+    ):
+        console.print(line, style="dim")
 
 
 def _heading(result: dict[str, Any]) -> list[str]:
     model, samples, timing = result["model"], result["samples"], result["timing"]
     config, origin = result["pruning"]["config"], result["modes"]["origin"]
-    threads = "" if model["device"] != "cpu" else f" threads: {model['cpu_threads']}"
+    threads = "" if model["device"] != "cpu" else f" (threads: {model['cpu_threads']})"
     target = f"{config['target_token_num']:g} tokens" if config["target_token_num"] else ""
     target = target or f"sparsity {config['target_sparsity']:g}"
     budget = f"exactly {target}" if config["selection"] == "topk" else f"threshold {config['threshold']:g}"
@@ -81,7 +91,7 @@ def _main_table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     origin, pruned = _modes(result)
-    table = Table(title="means over the samples, of the prefill")
+    table = Table(title="tokens, FLOPs and bytes are of the prefill, means over the samples")
     table.add_column("")
     for name in (*result["modes"], "ratio"):
         table.add_column(name, justify="right")
@@ -97,7 +107,8 @@ def _main_table(result: dict[str, Any]) -> Any:
     table.add_section()
 
     prefix, shown = scaled([origin["flops"]["llm"]["C"], pruned["flops"]["llm"]["C"]], 1000)
-    labels = {"llm": f"LLM, {prefix}FLOPs (C)", "pruners": "pruners", "token_merger": "token merger"}
+    text = f"{origin['text_tokens']:.1f} text tokens"
+    labels = {"llm": f"LLM, {prefix}FLOPs (C, {text})", "pruners": "pruners", "token_merger": "token merger"}
     labels |= {"llm_and_modules": "LLM with these", "vision_tower": "vision tower", "projector": "projector"}
     for name, label in labels.items():
         values = [mode["flops"][name] for mode in (origin, pruned)]
@@ -118,7 +129,7 @@ def _main_table(result: dict[str, Any]) -> Any:
     peaks = [mode["peak_memory_bytes"] for mode in (origin, pruned)]
     if all(peaks):
         prefix, shown = scaled(peaks, 1024)
-        row(f"peak memory, {prefix}B, {result['timing']['memory']}", *peaks, shown)
+        row(f"peak memory, {prefix}B", *peaks, shown)
     return table
 
 
