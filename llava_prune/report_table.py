@@ -15,9 +15,10 @@ TIME_ROWS = {
     "decode_token": "decode, per token",
 }
 NOTES = (
-    "origin: the stock model, pruners taken off.",
-    "prefill: the decoder's layers, with the pruners and the removal of tokens between them; without vision tower,",
-    "projector, token merger and language model head. KV cache, measured: with the padding of its batch.",
+    "origin: the stock model, pruners taken off",
+    "prefill: the decoder's layers, with the pruners and the removal of tokens between them; without",
+    "  vision tower, projector, token merger and language model head",
+    "KV cache, measured: with the padding of its batch",
 )
 
 
@@ -51,10 +52,8 @@ def print_report(result: dict[str, Any]) -> None:
         console.print(line)
     console.print(_main_table(result))
     console.print(_conventions_table(result))
-    for line in (
-        *NOTES,
-        f"peak memory: {result['timing']['memory'] or 'can not be measured here'}, weights included.",
-    ):
+    memory = result["timing"]["memory"] or "can not be set back, so not measured, on this system"
+    for line in (*NOTES, f"peak memory: {memory}, weights included"):
         console.print(line, style="dim")
 
 
