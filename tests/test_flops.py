@@ -10,7 +10,7 @@ from llava_prune.flops import DecoderShape, TowerShape, decoder_flops, kv_bytes,
 from llava_prune.measure import observe
 from llava_prune.report import llm_flops, module_flops
 
-SETTINGS = PruneConfig(pruning_layers=(1, 3), target_token_num=10, pruner_dim=16, pruner_heads=2)
+SETTINGS = PruneConfig(pruning_layers=(1, 3), target_token_num=8, selection="topk", pruner_dim=16, pruner_heads=2)
 LLAVA_7B = DecoderShape(hidden=4096, intermediate=11008, layers=32, attention=4096, key_value=4096)
 
 
