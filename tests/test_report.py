@@ -212,6 +212,15 @@ def test_command_with_untrained_pruners_and_synthetic_samples_in_a_batch(model, 
     assert result["ratios"]["kv_bytes"]["measured"] == 1 and result["ratios"]["flops"]["pruners"] is None
 
 
+def test_command_on_a_shape(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "llava-1.5-7b", TINY)
+    arguments = ["--shape", "llava-1.5-7b", "--prune_config", "mosaic", "--average_tokens", 8, "--number", 1]
+    main([*map(str, [*arguments, "--json", tmp_path / "report.json"]), *QUICK])
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert result["model"]["weights"] == "random" and result["model"]["stack"] == "llava"
+    assert result["samples"]["source"] == "synthetic" and result["modes"]["hard"]["average_tokens"] == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

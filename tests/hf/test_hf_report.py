@@ -73,6 +73,16 @@ def test_the_7b_shape_has_its_parameters():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_command_on_a_shape(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "llava-1.5-7b", TINY)
+    arguments = ["--shape", "llava-1.5-7b", "--prune_config", "mosaic", "--average_tokens", 8, "--number", 1]
+    arguments += ["--new_tokens", 2, "--warmup", 0, "--repeats", 1, "--json", tmp_path / "a.json"]
+    main(list(map(str, arguments)))
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["model"]["weights"] == "random" and result["model"]["stack"] == "hf"
+    assert result["modes"]["hard"]["average_tokens"] == 8
+
+
 def test_command_on_a_converted_checkpoint(tmp_path):
     convert(install_base(tmp_path), tmp_path / "hf")
     arguments = ["--model", tmp_path / "hf", "--prune_config", "mosaic", "--number", 2, "--json", tmp_path / "a.json"]
