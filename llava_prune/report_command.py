@@ -84,6 +84,8 @@ def check(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} to")
     if args.plot is not None and args.plot.suffix.lower() != ".png":
         raise ValueError(f"--plot writes a PNG, so {args.plot} must end in .png")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
 def stack_of(args: argparse.Namespace) -> str:
