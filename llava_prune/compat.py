@@ -123,6 +123,12 @@ def cache_length(cache: Any, layer: int) -> int:
     return int(cache.get_seq_length(layer))
 
 
+def cache_tensors(cache: Any) -> Iterator[Tensor]:
+    """Keys and values of every layer of a key-value cache: tuples in 4.37, layer objects in 5.x."""
+    for layer in cache if isinstance(cache, tuple) else cache.layers:
+        yield from layer[:2] if isinstance(layer, tuple) else (layer.keys, layer.values)
+
+
 def check_cache(cache: Any) -> None:
     """Raises ValueError for a cache of fixed length (5.x), which can not hold fewer rows in later layers."""
     if getattr(cache, "is_compileable", False):
@@ -190,6 +196,15 @@ def _vision_tokens_per_hf_image(model: nn.Module) -> int | None:
     class_token = vision.model_type == "clip_vision_model"
     dropped = hf.config.vision_feature_select_strategy == "default"
     return (vision.image_size // vision.patch_size) ** 2 + class_token - dropped
+
+
+def vision_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The vision transformer, whose input is (images or crops, C, H, W), and the projector after it."""
+    llava = find_llava(model)
+    if llava is not None:
+        return llava.get_vision_tower().vision_tower, llava.get_model().mm_projector
+    inner = find_hf_llava(model).model
+    return inner.vision_tower, inner.multi_modal_projector
 
 
 def rotary_tables(attention: nn.Module, call: dict[str, Any], like: Tensor, length: int) -> tuple[Tensor, Tensor]:

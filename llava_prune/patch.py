@@ -156,6 +156,15 @@ class PruneHandle:
             del self.decoder.llava_pruners
         self._bound, self._hooks, self.layer_forwards = [], [], {}
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The stock model within the block, then the same pruners on it again."""
+        self.remove()
+        try:
+            yield
+        finally:
+            self._attach()
+
     def __enter__(self) -> PruneHandle:
         return self
 

@@ -1,12 +1,13 @@
-"""What was kept, and what it costs: tokens per layer, average tokens, FLOPs of the language model."""
+"""What the latest forward kept, and what it cost: tokens per layer, average tokens, FLOPs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor, nn
 
+from . import compat
+from .flops import DecoderShape, decoder_flops, merger_flops, pruner_flops
 from .patch import PruneHandle, require_handle
 
 
@@ -19,6 +20,7 @@ class Report:
         average_tokens: (B,) fp32, their mean over the decoder layers: the field's "192 tokens".
         kept: pruning layer -> one tensor a sample, indices of the kept tokens among the sample's vision tokens.
         text_tokens: (B,) long, text tokens of the prefill.
+        question_tokens: (B,) long, those of them that the pruners read.
         vision_tokens: (B,) long, vision tokens before any pruning.
     """
 
@@ -26,7 +28,14 @@ class Report:
     average_tokens: Tensor
     kept: dict[int, list[Tensor]]
     text_tokens: Tensor
+    question_tokens: Tensor
     vision_tokens: Tensor
+
+    def cpu(self) -> Report:
+        """The same on the CPU."""
+        kept = {layer: [row.cpu() for row in rows] for layer, rows in self.kept.items()}
+        rest = {f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "kept"}
+        return Report(kept=kept, **rest)
 
 
 def last_report(model: nn.Module) -> Report:
@@ -45,43 +54,38 @@ def last_report(model: nn.Module) -> Report:
         average_tokens=tokens.float().mean(-1),
         kept={layer: [row.nonzero().flatten() for row in kept] for layer, kept in record.kept.items()},
         text_tokens=record.layout.text.sum(-1),
+        question_tokens=record.layout.question_valid.sum(-1),
         vision_tokens=record.layout.vision_counts,
     )
 
 
-def llm_flops(handle: PruneHandle, tokens_per_layer: Tensor, text_tokens: Tensor, pruned: bool) -> Tensor:
-    """FLOPs of one prefill of the decoder layers, 2 per multiply-add, pruners included if `pruned`.
-
-    Per layer and n tokens: 4 n d^2 (query, output) + 4 n d d_kv (key, value) + 4 n^2 d (scores, values) + 6 n d m
-    (SwiGLU); for plain multi-head attention that is the field's 8 n d^2 + 4 n^2 d + 6 n d m. Embeddings, norms, rotary
-    embeddings and the language model head are left out, as they are there.
-
-    Args:
-        tokens_per_layer: (B, num_layers) vision tokens entering each layer.
-        text_tokens: (B,).
+def llm_flops(handle: PruneHandle, report: Report, pruned: bool) -> Tensor:
+    """FLOPs of the decoder layers in one prefill, 2 per multiply-add, and of the plug-in's modules if `pruned`.
 
     Returns:
-        (B,) fp64.
+        (B,) fp64, without the padding and filler of a batch.
     """
-    config = handle.decoder.config
-    d, m = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads
-    kv = d // heads * (getattr(config, "num_key_value_heads", None) or heads)
-    n = (tokens_per_layer + text_tokens[:, None]).double()
-    total = (4 * n * d * d + 4 * n * d * kv + 4 * n**2 * d + 6 * n * d * m).sum(-1)
-    return total + pruner_flops(handle, tokens_per_layer, text_tokens) if pruned else total
+    shape = DecoderShape.of(handle.decoder.config)
+    total = decoder_flops(shape, report.tokens_per_layer + report.text_tokens[:, None])
+    return total + sum(module_flops(handle, report).values()) if pruned else total
 
 
-def pruner_flops(handle: PruneHandle, tokens_per_layer: Tensor, text_tokens: Tensor) -> Tensor:
-    """FLOPs of all pruners in one prefill, (B,) fp64; all text tokens are counted as question, an upper bound."""
-    d, r, p = handle.hidden_size, handle.config.pruner_rank, handle.config.pruner_dim
-    total = torch.zeros(len(text_tokens), dtype=torch.float64)
-    question = text_tokens.double().cpu() + 1
-    for layer in handle.config.pruning_layers:
-        n = tokens_per_layer[:, layer - 1].double().cpu()  # what enters the pruner is what the layer before had
-        per_vision = d * r + r * p + p * p + (r + p) * p + 2 * p  # compress, query, output, hidden, logits
-        per_question = d * r + 2 * r * p  # compress, key, value
-        total += 2 * (n * per_vision + question * per_question + 2 * n * question * p)
-        if handle.config.use_attn_residual:
-            total += 2 * ((n + question) * d * d + question * d * d + question * (n + question) * d)
-    return total
+def module_flops(handle: PruneHandle, report: Report) -> dict[str, Tensor]:
+    """FLOPs of the plug-in's own modules in one prefill, 2 per multiply-add.
+
+    Returns:
+        `pruners` and, if there is one, `token_merger`, (B,) fp64.
+    """
+    shape = DecoderShape.of(handle.decoder.config)
+    flops = {
+        "pruners": pruner_flops(
+            handle.config, shape, report.tokens_per_layer, report.text_tokens, report.question_tokens
+        )
+    }
+    merger = handle.pruners.merger
+    if merger is not None:
+        tower = compat.find_llava(handle.model).get_vision_tower()
+        crops = report.vision_tokens // handle.config.merger_tokens
+        widths = (tower.hidden_size, merger.modulation.in_features)
+        flops["token_merger"] = merger_flops(handle.config, *widths, tower.num_patches, crops)
+    return flops

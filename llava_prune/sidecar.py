@@ -54,7 +54,7 @@ class Sidecar:
             return [{"mode": mode, "vision_tokens": 0, "seconds": seconds}] * batch
         report = last_report(self.model)
         pruned = self.handle.state.record.mode != "origin"
-        flops = llm_flops(self.handle, report.tokens_per_layer.cpu(), report.text_tokens.cpu(), pruned)
+        flops = llm_flops(self.handle, report, pruned)
         beams = max(1, len(report.average_tokens) // batch)
         return [
             {
