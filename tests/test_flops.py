@@ -7,8 +7,8 @@ from tiny import batch_of, randomise_pruners, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
 from llava_prune.flops import DecoderShape, TowerShape, decoder_flops, kv_bytes, tower_flops
-from llava_prune.measure import observe
 from llava_prune.report import llm_flops, module_flops
+from llava_prune.reporting.measure import observe
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3), target_token_num=8, selection="topk", pruner_dim=16, pruner_heads=2)
 LLAVA_7B = DecoderShape(hidden=4096, intermediate=11008, layers=32, attention=4096, key_value=4096)
@@ -89,8 +89,8 @@ def test_token_merger_is_what_the_torch_counter_counts(tower_folder):
 def test_vision_tower_and_projector_are_what_the_torch_counter_counts(tower_folder):
     """The patch embedding, a convolution, is the matrix product of its patches."""
     from llava_prune.compat import vision_modules
-    from llava_prune.costs import linear_widths
     from llava_prune.flops import projector_flops
+    from llava_prune.reporting.costs import linear_widths
 
     llava = tiny_llava(tower_folder)
     handle = attach_pruners(llava, SETTINGS)

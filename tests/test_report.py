@@ -9,13 +9,13 @@ from PIL import Image
 from tiny import batch_of, randomise_pruners, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode, save_pruners
-from llava_prune.costs import ratios, summarise
 from llava_prune.flops import DecoderShape, kv_bytes
-from llava_prune.measure import TIMES, measure, observe, percentile
-from llava_prune.report_command import main
-from llava_prune.report_table import scaled, token_runs
-from llava_prune.samples import LlavaInputs, make_batches, read_samples, synthetic_samples
-from llava_prune.shapes import SHAPES, ModelShape, build_llava
+from llava_prune.reporting.command import main
+from llava_prune.reporting.costs import ratios, summarise
+from llava_prune.reporting.measure import TIMES, measure, observe, percentile
+from llava_prune.reporting.samples import LlavaInputs, make_batches, read_samples, synthetic_samples
+from llava_prune.reporting.shapes import SHAPES, ModelShape, build_llava
+from llava_prune.reporting.table import scaled, token_runs
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3), target_token_num=8, selection="topk", pruner_dim=16, pruner_heads=2)
 TINY = ModelShape(

@@ -11,13 +11,13 @@ from tiny_hf import KINDS, batch_of, randomise_pruners, tiny
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
 from llava_prune.compat import vision_modules
 from llava_prune.convert import convert
-from llava_prune.costs import linear_widths
 from llava_prune.flops import DecoderShape, TowerShape, kv_bytes, projector_flops, tower_flops
-from llava_prune.measure import observe
 from llava_prune.report import llm_flops, module_flops
-from llava_prune.report_command import main
-from llava_prune.samples import HfInputs, make_batches, synthetic_samples
-from llava_prune.shapes import SHAPES, ModelShape, build_hf
+from llava_prune.reporting.command import main
+from llava_prune.reporting.costs import linear_widths
+from llava_prune.reporting.measure import observe
+from llava_prune.reporting.samples import HfInputs, make_batches, synthetic_samples
+from llava_prune.reporting.shapes import SHAPES, ModelShape, build_hf
 from llava_prune.testbed.install import install_base
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3), target_sparsity=0.5, pruner_dim=16, pruner_heads=2)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compat
+from .. import compat
 
 IMAGE_MARK = "<image>"
 PICTURE_SIZE = (640, 480)  # of synthetic pictures, width and height

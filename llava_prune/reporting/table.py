@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .flops import CONVENTIONS
+from ..flops import CONVENTIONS
 
 TIME_ROWS = {
     "first_token": "time to first token",

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import load_pruners, read_description, write_atomically
-from .config import PruneConfig
-from .patch import PruneHandle, attach_pruners
+from ..checkpoint import load_pruners, read_description, write_atomically
+from ..config import PruneConfig
+from ..patch import PruneHandle, attach_pruners
 from .shapes import SHAPES
 
 STACKS = {"llava": "bash scripts/setup.sh", "hf": "bash scripts/setup.sh hf"}
@@ -231,7 +231,7 @@ def main(argv: list[str]) -> None:
         result = report_on(args)
     except (OSError, ValueError) as error:
         sys.exit(f"llava_prune report: {error}")
-    from .report_table import print_report
+    from .table import print_report
 
     print_report(result)
     if args.json is not None:
@@ -239,7 +239,7 @@ def main(argv: list[str]) -> None:
         write_atomically(args.json, lambda path: path.write_text(text))
         print(f"wrote {args.json}")
     if args.plot is not None:
-        from .report_plot import draw_report
+        from .plot import draw_report
 
         draw_report(result, args.plot)
         print(f"wrote {args.plot}")

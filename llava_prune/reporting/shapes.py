@@ -130,7 +130,7 @@ def _wordless_processor(shape: ModelShape) -> Any:
     from tokenizers.models import WordLevel
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
-    from .compat import llava_image_processor_class
+    from ..compat import llava_image_processor_class
     from .samples import IMAGE_MARK
 
     words = Tokenizer(WordLevel({"<unk>": 0, IMAGE_MARK: shape.vocabulary}, unk_token="<unk>"))

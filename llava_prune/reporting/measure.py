@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compat
-from .patch import PruneHandle, prune_mode
-from .report import Report, last_report
+from .. import compat
+from ..patch import PruneHandle, prune_mode
+from ..report import Report, last_report
 
 TIMES = ("first_token", "vision_tower", "prefill", "pruners", "decode_token")
 Batch = dict[str, Any]

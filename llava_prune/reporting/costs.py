@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compat
-from .flops import CONVENTIONS, DecoderShape, TowerShape, decoder_flops, kv_bytes, projector_flops, tower_flops
+from .. import compat
+from ..flops import CONVENTIONS, DecoderShape, TowerShape, decoder_flops, kv_bytes, projector_flops, tower_flops
+from ..patch import PruneHandle
+from ..report import module_flops
 from .measure import Measurement, Observation, percentile
-from .patch import PruneHandle
-from .report import module_flops
 
 
 def summarise(handle: PruneHandle, mode: str, measurement: Measurement) -> dict[str, Any]:

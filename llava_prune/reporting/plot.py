@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import write_atomically
+from ..checkpoint import write_atomically
 
 GREY, BLUE = "#9aa0a6", "#2f6fb0"
 
