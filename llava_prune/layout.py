@@ -34,6 +34,14 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
+def replace_rows(values: Tensor, index: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
+    """(B, T, D) with the rows at `index` (B, K) replaced by `rows` (B, K, D) where `valid`; the others as they are."""
+    length = values.shape[1]
+    target = index.masked_fill(~valid, length)[..., None].expand_as(rows)
+    padded = torch.cat([values, values.new_zeros(len(values), 1, values.shape[-1])], 1)
+    return padded.scatter(1, target, rows.to(values.dtype))[:, :length]
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Token kinds of one batch of T positions.

@@ -24,12 +24,12 @@ class ForwardRecord:
     Attributes:
         layout: token kinds of the batch as the decoder sees it.
         mode: the mode the pass ran in.
-        logits: per pruning layer (B, N, 2), over the sample's vision tokens (soft and masked).
+        logits: per pruning layer (B, N, 2), over the sample's vision tokens (soft and masked; None of a baseline).
         masks: per pruning layer the cumulative mask, (B, N) fp32 (soft and masked).
         kept: per pruning layer (B, N) bool, tokens that layer and later ones see.
         rows: per pruning layer the rows still present (hard).
         attention_masks: per pruning layer the mask argument its decoder layers take in the running step.
-        budgets: per pruning layer the tokens each sample keeps (selection topk).
+        budgets: per sample the tokens that each pruning layer keeps, or None (selection threshold).
         full_length: positions seen so far, pruned or not: the length of layer 0's cache.
         prefix: arguments of the first pruning layer, for the unpruned pass to restart from.
         features: outputs of the layers that `PruneState.feature_layers` names.
@@ -38,12 +38,12 @@ class ForwardRecord:
     layout: TokenLayout
     mode: str
     full_length: int
-    logits: dict[int, Tensor] = field(default_factory=dict)
+    logits: dict[int, Tensor | None] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)
     attention_masks: dict[int, Tensor | None] = field(default_factory=dict)
-    budgets: list[tuple[int, ...]] | None = None
+    budgets: list[tuple[int, ...] | None] | None = None
     decoding: bool = False
     prefix: dict[str, Any] | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
