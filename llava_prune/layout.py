@@ -55,6 +55,9 @@ class TokenLayout:
         vision_index, vision_valid: (B, N) position of each sample's vision tokens in order; N is at least 1.
         question_index, question_valid: (B, Q) likewise.
         has_vision: whether any sample has a vision token.
+        original_counts: (B,) long, vision tokens of each sample before a method reduced them ahead of the decoder, or
+            None.
+        kept: (B, M) bool, which of those M it kept, or None.
     """
 
     valid: Tensor
@@ -66,6 +69,8 @@ class TokenLayout:
     question_index: Tensor
     question_valid: Tensor
     has_vision: bool
+    original_counts: Tensor | None = None
+    kept: Tensor | None = None
 
     @classmethod
     def build(cls, valid: Tensor, vision: Tensor, num_images: Tensor, labels: Tensor | None = None) -> TokenLayout:

@@ -55,7 +55,7 @@ def last_report(model: nn.Module) -> Report:
         kept={layer: [row.nonzero().flatten() for row in kept] for layer, kept in record.kept.items()},
         text_tokens=record.layout.text.sum(-1),
         question_tokens=record.layout.question_valid.sum(-1),
-        vision_tokens=record.layout.vision_counts,
+        vision_tokens=record.vision_tokens,
     )
 
 
@@ -76,6 +76,8 @@ def module_flops(handle: PruneHandle, report: Report) -> dict[str, Tensor]:
     Returns:
         `pruners` and, if there is one, `token_merger`, (B,) fp64.
     """
+    if not handle.pruners.layers:  # a baseline
+        return {"pruners": report.average_tokens.double().cpu() * 0}
     shape = DecoderShape.of(handle.decoder.config)
     flops = {
         "pruners": pruner_flops(
