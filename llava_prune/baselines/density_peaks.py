@@ -31,7 +31,10 @@ def merge_clusters(vision: Tensor, pool: Tensor, clusters: Tensor) -> tuple[Tens
     neighbours = torch.arange(near.shape[-1], device=near.device) < clusters[:, None, None]
     near = near.masked_fill(~neighbours, 0).sum(-1) / clusters.clamp(min=1)[:, None]
     density = torch.exp(-near)
-    denser = pairs & (density[:, None, :] > density[:, :, None])
+    # nearest neighbours of each other are equally dense: the earlier one counts as denser
+    earlier = torch.ones_like(pairs[0]).tril(-1)
+    other, own = density[:, None, :], density[:, :, None]
+    denser = pairs & ((other > own) | ((other == own) & earlier))
     peak = torch.where(denser, distance, far).amin(-1) * density
     centres = select_best(peak, pool, clusters)
     # every token of the pool to its nearest centre, a centre to itself

@@ -65,11 +65,12 @@ class FeatureBaseline:
                 f"{self.name}: the vision tokens of an image are not fixed in this model (any resolution), and it "
                 "keeps as many of each. Use fastv, pyramiddrop or sparsevlm"
             )
+        self.tokens = handle.vision_tokens
         if average_tokens < 1:
             raise ValueError(
-                f"{self.name}: {average_tokens:g} average tokens are under its floor of 1. Raise average_tokens"
+                f"{self.name}: {average_tokens:g} average tokens are under its floor of 1 for {self.tokens} vision "
+                "tokens. Raise average_tokens"
             )
-        self.tokens = handle.vision_tokens
         self.keep = min(int(average_tokens), self.tokens)
 
     def __call__(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -78,7 +79,7 @@ class FeatureBaseline:
 
     def hooks(self, handle: BaselineHandle) -> list[Any]:
         """Put the method before or after the projector."""
-        state, projector = handle.state, compat.find_projector(handle.model)
+        state, (_, projector) = handle.state, compat.vision_modules(handle.model)
 
         def reduced(features: Tensor) -> Tensor:
             if features.shape[1] != self.tokens:

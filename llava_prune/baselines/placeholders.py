@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import bind_arguments
+from ..layout import IGNORE_INDEX
 from ..state import PruneState
 from .features import FeatureBaseline
 
@@ -23,10 +24,12 @@ class Shrunk:
     """A batch with fewer placeholders; rows are packed to the right.
 
     Attributes:
+        ids: (B, W) the new `input_ids`.
         index: (B, W) long, old position of each new one.
         valid: (B, W) bool, False at filler, which only a batch with unequal numbers of images has.
     """
 
+    ids: Tensor
     index: Tensor
     valid: Tensor
 
@@ -37,22 +40,20 @@ class Shrunk:
         present = ~image | ((image.cumsum(-1) - 1) % tokens < keep)
         width = int(present.sum(-1).max())
         order = torch.sort(present.to(torch.uint8), dim=-1, stable=True).indices[:, -width:]
-        return cls(order, present.gather(1, order))
-
-    def take(self, values: Tensor | None) -> Tensor | None:
-        """(B, T) -> (B, W)."""
-        return None if values is None else values.gather(1, self.index)
+        valid = present.gather(1, order)
+        filler = 0 if image_token else 1  # any token but a placeholder
+        return cls(ids.gather(1, order).masked_fill(~valid, filler), order, valid)
 
     def apply(self, call: dict[str, Any]) -> dict[str, Any]:
         """The inputs of `forward` or `generate`, shrunk."""
         mask = call.get("attention_mask")
         if mask is None and not bool(self.valid.all()):
             mask = torch.ones_like(call["input_ids"])
-        shrunk = {**call, "input_ids": self.take(call["input_ids"])}
+        shrunk = {**call, "input_ids": self.ids}
         if mask is not None:
-            shrunk["attention_mask"] = self.take(mask) * self.valid.to(mask.dtype)
+            shrunk["attention_mask"] = mask.gather(1, self.index) * self.valid.to(mask.dtype)
         if call.get("labels") is not None:
-            shrunk["labels"] = self.take(call["labels"]).masked_fill(~self.valid, -100)
+            shrunk["labels"] = call["labels"].gather(1, self.index).masked_fill(~self.valid, IGNORE_INDEX)
         for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
             shrunk.pop(name, None)  # of the longer sequence; the model makes its own
         return shrunk

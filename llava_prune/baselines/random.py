@@ -44,10 +44,12 @@ class Random(FeatureBaseline):
         """Also looks at what the vision tower is given."""
 
         def look(_tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if handle.state.mode == "origin":
+                return
             pixels = args[0] if args else kwargs["pixel_values"]
             # whole numbers add up to the same in any order and any batch
             whole = pixels.detach().float().contiguous().view(torch.int32)
             self._pixel_sums = whole.flatten(1).sum(1, dtype=torch.int64).tolist()
 
-        tower = compat.find_vision_tower(handle.model)
+        tower, _ = compat.vision_modules(handle.model)
         return [*super().hooks(handle), tower.register_forward_pre_hook(look, with_kwargs=True)]
