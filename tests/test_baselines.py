@@ -20,7 +20,7 @@ from llava_prune.baselines.tome import merge_pairs, merge_tokens
 from llava_prune.baselines.visionzip import average_around
 from llava_prune.budget import average_of
 from llava_prune.drop import Rows
-from llava_prune.run import attach_as_asked
+from llava_prune.run import attach_as_asked, main
 
 MIXED = ([9, 14, 7, 11], [1, 0, 2, 1])
 IN_DECODER = ("fastv", "pyramiddrop", "sparsevlm", "vtw")
@@ -102,15 +102,40 @@ def test_the_budget_is_met(llava, name, average):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_sample_alone_is_a_sample_in_a_batch(llava, name):
-    batch = batch_of([9, 9, 9], [1, 1, 1])
-    with attach_baseline(llava, name, average_tokens=9):
+    batch = batch_of(*MIXED)
+    with attach_baseline(llava, name, average_tokens=9) as handle:
         together = logits(llava, batch)
-        kept = last_report(llava).kept
-        for row in range(3):
-            alone = logits(llava, {key: value[row : row + 1] for key, value in batch.items()})
-            torch.testing.assert_close(alone[0], together[row], atol=1e-4, rtol=0)
+        kept, text = last_report(llava).kept, handle.state.record.layout.text
+        for row, (first, last) in enumerate([(0, 1), (1, 2), (2, 4), (4, 5)]):  # a picture for the sample without, too
+            alone = {
+                "input_ids": batch["input_ids"][row][batch["attention_mask"][row]][None],
+                "images": batch["images"][first:last],
+            }
+            here = logits(llava, alone)[0]
+            if row == 1:
+                torch.testing.assert_close(here, together[row, : len(here)], atol=1e-4, rtol=0)
+                continue
+            words = handle.state.record.layout.text[0]
+            torch.testing.assert_close(here[words], together[row][text[row]], atol=1e-4, rtol=0)
             for layer, rows in last_report(llava).kept.items():
                 assert torch.equal(rows[0], kept[layer][row])
+
+
+@pytest.mark.parametrize("name", IN_DECODER)
+def test_prompts_that_end_in_their_picture_are_pruned_alike_in_every_mode(llava, name):
+    """Without a question the last token that is left ranks the others."""
+    batch = batch_of([2] * 6 + [9], [1] * 7)
+    results, kept = [], []
+    with attach_baseline(llava, name, average_tokens=7 if name == "fastv" else 4) as handle:
+        for mode in ("masked", "hard"):
+            with prune_mode(llava, mode):
+                results.append(logits(llava, batch))
+                kept.append(last_report(llava).kept)
+        layout = handle.state.record.layout
+    assert layout.question.sum(-1).tolist() == [0] * 6 + [7]
+    assert (results[0] - results[1])[layout.text].abs().max() < 1e-4
+    for layer, rows in kept[0].items():
+        assert all(torch.equal(*pair) for pair in zip(rows, kept[1][layer], strict=True))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -285,6 +310,9 @@ def test_clusters_are_means_around_density_peaks():
     others = ~centres[0]
     assert torch.equal(merged[0, others], vision[0, others])
     assert not centres[1].any() and torch.equal(merged[1], vision[0])
+    # tokens that coincide: each centre keeps itself
+    _, merged = merge_clusters(torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), torch.tensor([2]))
+    assert torch.equal(merged, torch.ones(1, 2, 3))
 
 
 def test_vtw_withdraws_all_vision_tokens_at_one_layer(llava):
@@ -303,7 +331,11 @@ def test_visionzip_keeps_what_the_class_token_attends_to(tower_folder):
     with torch.no_grad():
         outputs = tower(batch["images"], output_attentions=True, output_hidden_states=True)
         paid = outputs.attentions[-1][:, :, 0, 1:].sum(1)
-        features = model.get_model().mm_projector(outputs.hidden_states[-1][:, 1:])
+        patches = outputs.hidden_states[-1][:, 1:]
+        features = model.get_model().mm_projector(patches)
+        layer = tower.vision_model.encoder.layers[-1]
+        keys = layer.self_attn.k_proj(layer.layer_norm1(outputs.hidden_states[-2]))[:, 1:]
+        keys = torch.nn.functional.normalize(keys.unflatten(-1, (2, -1)).mean(2), dim=-1)
     with attach_baseline(model, "visionzip", average_tokens=12) as handle:
         hidden = decoder_inputs(model, batch)
         kept, layout = last_report(model).kept[0], handle.state.record.layout
@@ -312,8 +344,10 @@ def test_visionzip_keeps_what_the_class_token_attends_to(tower_folder):
         vision = hidden[row][layout.vision[row]]
         torch.testing.assert_close(vision[:10], features[row][dominant])
         assert set(dominant) < set(kept[row].tolist()) and len(kept[row]) == 12
-        # features[row] are of single tokens, contextual ones are means
-        assert not torch.isclose(vision[10:, None], features[row][None], atol=1e-4).all(-1).any()
+        others = sorted(set(range(16)) - set(dominant))  # the first and the fourth of these six become means
+        assert set(kept[row].tolist()) == {*dominant, others[0], others[3]}
+        means = average_around(patches[row, others][None], keys[row, others][None], torch.tensor([0, 3]))
+        torch.testing.assert_close(vision[10:], model.get_model().mm_projector(means)[0])
 
 
 def test_contextual_tokens_are_means_of_the_alike():
@@ -477,21 +511,19 @@ def test_run_answers_with_a_baseline_and_reports_what_it_kept(answered, testbed,
     assert len({tuple(line["kept"][layer]) for line in report}) > 1
 
 
-def test_run_says_what_is_wrong_before_it_runs(testbed):
-    base = [sys.executable, "-m", "llava_prune", "run"]
-    program = ["-m", "llava.eval.model_vqa_loader", "--model-path", str(testbed / "llava-mosaic-tiny")]
-    cases = {
+def test_run_says_what_is_wrong(llava, capsys):
+    for message, arguments in {
         "--baseline needs --average_tokens": ["--baseline", "fastv"],
         "not allowed with": ["--baseline", "fastv", "--pruners", "x"],
-        "under its floor of 36.75 ": ["--baseline", "fastv", "--average_tokens", "30"],
-    }
-    running = {
-        message: subprocess.Popen([*base, *case, *program], env=environment(), stderr=subprocess.PIPE, text=True)
-        for message, case in cases.items()
-    }
-    for message, process in running.items():
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode != 0 and message in errors and "Traceback" not in errors, errors[-2000:]
+        "is required": [],
+        "invalid choice": ["--baseline", "fast"],
+    }.items():
+        with pytest.raises(SystemExit):
+            main([*arguments, "-m", "program"])
+        assert message in capsys.readouterr().err
+    asked = Namespace(baseline="fastv", mode="hard", average_tokens=3)
+    with pytest.raises(SystemExit, match="llava_prune: fastv: 3 average tokens are under its floor of 6 "):
+        attach_as_asked(asked, llava)
 
 
 def test_run_gives_trained_pruners_a_budget_too(llava, tmp_path):
