@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .. import compat
 from ..budget import average_of, layer_counts
+from ..flops import DecoderShape, attention_rows_flops
 from ..scoring import LayerView, Scores
 
 if TYPE_CHECKING:
+    from ..report import Report
     from .handle import BaselineHandle
 
 
@@ -59,6 +62,16 @@ class DecoderBaseline:
 
     def __call__(self, view: LayerView) -> Scores:
         raise NotImplementedError
+
+    def flops(self, shape: DecoderShape, report: Report) -> Tensor:
+        """(B,) fp64 FLOPs of the attention rows that the method computes on top of the decoder."""
+        queries = self.raters(report)
+        rows = [report.tokens_per_layer[:, layer - 1] + report.text_tokens for layer in self.layers]
+        return sum(attention_rows_flops(shape, each, queries) for each in rows)
+
+    def raters(self, report: Report) -> Tensor:
+        """(B,) rows whose attention is computed at a pruning layer."""
+        return torch.ones_like(report.text_tokens)
 
     def hooks(self, handle: BaselineHandle) -> list[Any]:
         """Registers `watch`."""

@@ -12,6 +12,8 @@ from .. import compat
 from ..layout import TokenLayout
 
 if TYPE_CHECKING:
+    from ..flops import DecoderShape
+    from ..report import Report
     from .handle import BaselineHandle
 
 
@@ -76,6 +78,10 @@ class FeatureBaseline:
     def __call__(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """(C, tokens, D) -> (C, keep, D), and the (C, keep) indices of what is left or None."""
         raise NotImplementedError
+
+    def flops(self, shape: DecoderShape, report: Report) -> Tensor:
+        """(B,) zeros: nothing is computed in the decoder; what the method does before it is not counted."""
+        return torch.zeros(len(report.text_tokens), dtype=torch.float64)
 
     def hooks(self, handle: BaselineHandle) -> list[Any]:
         """Put the method before or after the projector."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..masks import select_best
 from ..scoring import LayerView, Scores
@@ -12,6 +13,7 @@ from .decoder import DecoderBaseline
 from .density_peaks import merge_clusters
 
 if TYPE_CHECKING:
+    from ..report import Report
     from .handle import BaselineHandle
 
 SHARES = (300 / 576, 200 / 576, 110 / 576)  # of the published code at 192 average tokens
@@ -43,6 +45,10 @@ class SparseVLM(DecoderBaseline):
     def fractions(self, tokens: int, average: float) -> tuple[float, ...]:
         """Those of the published list for 192 tokens."""
         return SHARES[-len(self.layers) :]
+
+    def raters(self, report: Report) -> Tensor:
+        """All of the question and the last token, which are filler where they do not rate."""
+        return report.question_tokens + 1
 
     def watch(self, view: LayerView) -> None:
         similarity = view.vision.float() @ view.question.float().transpose(1, 2)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from ..flops import DecoderShape
 from ..scoring import LayerView, Scores
 from .decoder import DecoderBaseline
 
 if TYPE_CHECKING:
+    from ..report import Report
     from .handle import BaselineHandle
 
 
@@ -39,6 +44,10 @@ class VTW(DecoderBaseline):
         """None at all, or all of them where the budget is that large."""
         super().counts(tokens, average)
         return (tokens if average >= tokens else 0,)
+
+    def flops(self, shape: DecoderShape, report: Report) -> Tensor:
+        """None: nothing is ranked."""
+        return torch.zeros(len(report.text_tokens), dtype=torch.float64)
 
     def __call__(self, view: LayerView) -> Scores:
         return Scores(view.alive.float())
