@@ -290,7 +290,10 @@ def require_handle(model: nn.Module) -> PruneHandle:
     """The handle of `model`; raises ValueError if no pruners are attached."""
     handle = find_handle(model)
     if handle is None:
-        raise ValueError("no pruners on this model: call attach_pruners(model, config) or load_pruners(model, dir)")
+        raise ValueError(
+            "no pruners on this model: call attach_pruners(model, config), load_pruners(model, dir) or "
+            "attach_baseline(model, name, average_tokens)"
+        )
     return handle
 
 

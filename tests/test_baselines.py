@@ -1,4 +1,4 @@
-"""Training-free baselines: exact budgets, the same law as the pruners, the way back, and the commands that take them."""
+"""Training-free baselines: exact budgets, the law of the pruners, the way back, and the commands that take them."""
 
 import json
 import subprocess

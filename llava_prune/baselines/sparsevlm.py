@@ -64,7 +64,7 @@ class SparseVLM(DecoderBaseline):
         score = view.attention(torch.cat([view.question_index, last], 1), torch.cat([raters, exists], 1))
         dropped = view.alive.sum(-1) - view.counts
         clusters = torch.where(dropped > 0, (dropped * RECYCLED * CLUSTERS).long() + 1, 0)
-        clusters = torch.minimum(clusters, view.counts // 2)
+        clusters = torch.minimum(clusters, view.counts // 2)  # of a small budget most goes to whole tokens
         kept = select_best(score, view.alive, view.counts - clusters)
         spare = view.alive & ~kept
         pool = select_best(score, spare, torch.maximum((spare.sum(-1) * RECYCLED).long() + 1, clusters))
