@@ -79,11 +79,13 @@ def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) ->
         write: False on ranks that only take part in gathering ZeRO-3 parameters.
 
     Raises:
-        ValueError: no pruners attached.
+        ValueError: no pruners attached, or a baseline.
     """
     from safetensors.torch import save
 
     handle = require_handle(model)
+    if not handle.pruners.layers:
+        raise ValueError("a baseline has no weights to save: attach pruners with attach_pruners(model, config)")
     weights = pruner_state_dict(handle)
     if not write:
         return

@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "convert": ("llava_prune.convert", "write a LLaVA checkpoint as a Hugging Face model"),
     "report": ("llava_prune.reporting.command", "tokens, FLOPs, cache, times and memory, origin beside hard"),
-    "run": ("llava_prune.run", "run a LLaVA program with pruners attached"),
+    "run": ("llava_prune.run", "run a LLaVA program with pruners or a baseline attached"),
     "visualize": ("llava_prune.visualize", "draw kept tokens of answered questions over their pictures"),
 }
 

@@ -227,6 +227,26 @@ def rotary_module(layer: nn.Module) -> nn.Module | None:
     return getattr(layer.self_attn, "rotary_emb", None)
 
 
+def feature_layer(model: nn.Module) -> nn.Module:
+    """The layer of a CLIP vision transformer whose output the projector gets.
+
+    Raises:
+        ValueError: the transformer has no class token, or the features are of several layers.
+    """
+    tower, _ = vision_modules(model)
+    llava = find_llava(model)
+    number = (
+        find_hf_llava(model).config.vision_feature_layer if llava is None else llava.get_vision_tower().select_layer
+    )
+    stacks = [getattr(module, "layers", None) for module in tower.modules()]
+    stacks = [layers for layers in stacks if isinstance(layers, nn.ModuleList) and hasattr(layers[0], "layer_norm1")]
+    if not stacks or not any(hasattr(module, "class_embedding") for module in tower.modules()):
+        raise ValueError(f"{type(tower).__name__} is no CLIP vision transformer with a class token")
+    if not isinstance(number, int) or number == 0 or not -len(stacks[0]) <= number <= len(stacks[0]):
+        raise ValueError(f"the vision features must be the output of one layer, not {number}")
+    return stacks[0][number if number < 0 else number - 1]  # hidden_states[0] is the embedding
+
+
 def leave_accumulation_to_the_engine(engine: Any) -> None:
     """accelerate 0.27 enters the engine's `no_sync` between accumulated micro-batches, which ZeRO-2 and 3 refuse.
 

@@ -127,12 +127,17 @@ def pruner_flops(config: PruneConfig, shape: DecoderShape, vision: Tensor, text:
         per_vision = d * r + r * p + p * p + (r + p) * p + 2 * p  # compression, query, output, hidden, logits
         per_context = d * r + 2 * r * p  # compression, key, value
         products = n * per_vision + context * per_context + 2 * n * context * p
-        if config.use_attn_residual:
-            rows = n + text
-            products += rows * d * shape.key_value + question * d * shape.attention  # keys, the question's queries
-            products += question * rows * (shape.attention + 1)  # scores, mean over the question
         total += 2 * products
+        if config.use_attn_residual:
+            total += attention_rows_flops(shape, n + text, question)
     return total
+
+
+def attention_rows_flops(shape: DecoderShape, rows: Tensor, queries: Tensor) -> Tensor:
+    """FLOPs of `attention_of_rows`: keys of `rows` (B,), queries and scores of `queries` (B,) of them, their mean."""
+    rows, queries = rows.double().cpu(), queries.double().cpu()
+    products = rows * shape.hidden * shape.key_value + queries * shape.hidden * shape.attention
+    return 2 * (products + queries * rows * (shape.attention + 1))
 
 
 def merger_flops(config: PruneConfig, vision_width: int, text_width: int, tokens: int, images: Tensor) -> Tensor:

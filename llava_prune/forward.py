@@ -14,22 +14,14 @@ from torch import Tensor, nn
 
 from . import compat
 from .attention_masks import of_cached_rows, of_rows, with_bias, without_keys
-from .budget import layer_counts
 from .config import PruneConfig
 from .drop import Rows
-from .layout import TokenLayout, gather_rows, padded_index
-from .masks import (
-    estimate_mask,
-    keep_probability,
-    log_bias,
-    select_best,
-    select_tokens,
-    straight_through_selection,
-)
-from .residual import question_attention
+from .layout import gather_rows, padded_index, replace_rows
+from .masks import estimate_mask, log_bias, select_best, select_tokens, straight_through_selection
+from .scoring import LayerView, Scorer
 from .state import ForwardRecord, PruneState
 
-Layer = Callable[..., Any]
+Budget = Callable[[int, int], "tuple[int, ...] | None"]
 
 
 class LayerForward:
@@ -37,9 +29,9 @@ class LayerForward:
 
     Args:
         index: layer number from 0.
-        layer: the decoder layer.
-        original: its forward before binding.
-        pruner: the layer's `LayerPruner`, or None between pruning layers.
+        layer: the decoder layer, not bound yet.
+        scorers: what decides at each pruning layer of the model.
+        budget: (vision tokens, images) of a sample -> tokens that each pruning layer keeps, None by threshold.
         num_layers, config, state, backend: of the model it belongs to.
     """
 
@@ -47,8 +39,8 @@ class LayerForward:
         self,
         index: int,
         layer: nn.Module,
-        original: Layer,
-        pruner: nn.Module | None,
+        scorers: dict[int, Scorer],
+        budget: Budget,
         num_layers: int,
         config: PruneConfig,
         state: PruneState,
@@ -56,16 +48,17 @@ class LayerForward:
     ):
         self.index = index
         self.layer = layer
-        self.original = original
-        self.pruner = pruner
-        self.num_layers = num_layers
+        self.original = layer.forward
+        self.scorer = scorers.get(index)
+        self.pruning_layers = sorted(scorers)
+        self.budget = budget
         self.last = index == num_layers - 1
         self.config = config
         self.state = state
         self.flash = backend == "flash_attention_2"
-        self.bind = compat.bind_arguments(original)
+        self.bind = compat.bind_arguments(self.original)
         # the pruning layer whose decision holds here
-        self.segment = max(layer for layer in config.pruning_layers if layer <= index)
+        self.segment = max(layer for layer in self.pruning_layers if layer <= index)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         record = self.state.record
@@ -81,34 +74,30 @@ class LayerForward:
             return self._hard(call, record)
         return self._masked(call, record)
 
-    def _select(self, probability: Tensor, alive: Tensor, record: ForwardRecord) -> Tensor:
+    def _select(self, value: Tensor, view: LayerView) -> Tensor:
         """(B, N) bool, the alive tokens that stay."""
         config = self.config
-        if config.selection == "threshold":
-            return select_tokens(probability, alive, config.threshold, config.min_keep, config.max_keep)
-        if record.budgets is None:
-            record.budgets = self._budgets(record.layout)
-        counts = record.budgets[config.pruning_layers.index(self.index)]
-        return select_best(probability, alive, torch.tensor(counts, device=alive.device))
+        if view.counts is None:
+            return select_tokens(value, view.alive, config.threshold, config.min_keep, config.max_keep)
+        return select_best(value, view.alive, view.counts)
 
-    def _budgets(self, layout: TokenLayout) -> list[tuple[int, ...]]:
-        """Per pruning layer the tokens that each sample keeps."""
-        config, counts = self.config, []
-        for tokens, images in torch.stack([layout.vision_counts, layout.num_images]).T.tolist():
-            if config.target_sparsity is not None:
-                average = (1 - config.target_sparsity) * tokens
-            else:
-                average = config.target_token_num * images
-            settings = (config.pruning_layers, self.num_layers, self.state.keep_fractions, config.min_keep)
-            counts.append(layer_counts(tokens, average, *settings))
-        return list(zip(*counts, strict=True))
+    def _counts(self, record: ForwardRecord) -> Tensor | None:
+        """(B,) vision tokens that stay, or None where a threshold decides."""
+        layout = record.layout
+        if record.budgets is None:
+            pairs = torch.stack([layout.vision_counts, layout.num_images]).T.tolist()
+            record.budgets = [self.budget(tokens, images) for tokens, images in pairs]
+        if record.budgets[0] is None:
+            return None
+        place = self.pruning_layers.index(self.index)
+        return torch.tensor([budget[place] for budget in record.budgets], device=layout.valid.device)
 
     # ---- soft and masked: every row stays, the mask changes
 
     def _masked(self, call: dict[str, Any], record: ForwardRecord) -> Any:
         if record.decoding:
             call["attention_mask"] = self._masked_decode_mask(call, record)
-        elif self.pruner is not None:
+        elif self.scorer is not None:
             call["attention_mask"] = self._decide_masks(call, record)
         else:
             call["attention_mask"] = record.attention_masks[self.segment]
@@ -124,42 +113,35 @@ class LayerForward:
 
     def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
         hidden, layout = call["hidden_states"], record.layout
-        if self.index == self.config.pruning_layers[0] and self.state.feature_layers and record.prefix is None:
+        if self.index == self.pruning_layers[0] and self.state.feature_layers and record.prefix is None:
             record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
-        before = [layer for layer in self.config.pruning_layers if layer < self.index]
+        before = [layer for layer in self.pruning_layers if layer < self.index]
         past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()
         past_kept = record.kept[before[-1]] if before else layout.vision_valid
 
-        residual = None
-        if self.pruner.use_attn_residual:
-            present, bias = None, None
-            if record.mode == "soft":
-                bias = self._spread(log_bias(past_mask), record)
-            else:
-                present = ~layout.vision | self._spread(past_kept, record)
-            everything = Rows.full(*hidden.shape[:2], hidden.device)
-            attention = question_attention(self.layer, call, layout, everything, present, bias)
-            residual = _relative(attention.gather(1, layout.vision_index), past_kept, layout.vision_counts)
-        logits = self.pruner(
-            gather_rows(hidden, layout.vision_index),
-            gather_rows(hidden, layout.question_index),
-            layout.question_valid,
-            residual,
-        )
-        probability = keep_probability(logits)
-        keep = self._select(probability, past_kept, record)
         if record.mode == "soft":
+            visible = {"bias": self._spread(log_bias(past_mask), record)}
+        else:
+            visible = {"present": ~layout.vision | self._spread(past_kept, record)}
+        view = LayerView.of_all_rows(self.layer, call, record, alive=past_kept, counts=self._counts(record), **visible)
+        scores = self.scorer(view)
+        keep = self._select(scores.value, view)
+        if scores.logits is None:
+            mask = keep.float()
+        elif record.mode == "soft":
             mask = estimate_mask(
-                logits,
+                scores.logits,
                 self.config.estimator,
                 self.state.temperature,
                 noise=self.layer.training,
                 threshold=self.config.threshold,
             )
         else:
-            mask = straight_through_selection(probability, keep)
+            mask = straight_through_selection(scores.value, keep)
+        if scores.vision is not None:
+            call["hidden_states"] = replace_rows(hidden, layout.vision_index, past_kept, scores.vision)
         cumulative = past_mask * mask
-        record.logits.setdefault(self.index, logits)
+        record.logits.setdefault(self.index, scores.logits)
         record.masks.setdefault(self.index, cumulative)
         record.kept.setdefault(self.index, keep)
 
@@ -204,7 +186,7 @@ class LayerForward:
             call["attention_mask"] = self._hard_decode_mask(call, record)
             return self.original(**call)
         stock = {name: call.get(name) for name in ("attention_mask", "position_ids", "position_embeddings")}
-        if self.pruner is not None:
+        if self.scorer is not None:
             self._drop(call, record)
         rows = record.rows[self.segment]
         if not rows.complete(record.prefill_length):
@@ -222,7 +204,7 @@ class LayerForward:
     def _drop(self, call: dict[str, Any], record: ForwardRecord) -> None:
         """Decide for the rows still present, and remove what this layer drops from `call["hidden_states"]`."""
         hidden, layout = call["hidden_states"], record.layout
-        before = [layer for layer in self.config.pruning_layers if layer < self.index]
+        before = [layer for layer in self.pruning_layers if layer < self.index]
         rows = record.rows[before[-1]] if before else Rows.full(*hidden.shape[:2], hidden.device)
         past_kept = record.kept[before[-1]] if before else layout.vision_valid
         is_vision = rows.flags(layout.vision)
@@ -232,24 +214,21 @@ class LayerForward:
             width = question_index.shape[1]
             question_index, question_valid = padded_index(rows.flags(layout.question), width=width)
 
-        residual = None
-        if self.pruner.use_attn_residual:
-            shrunk = {**call, "hidden_states": hidden}
-            if not rows.complete(record.prefill_length):
-                self._shrink_positions(shrunk, rows)
-            attention = question_attention(
-                self.layer, shrunk, layout, rows, rows.valid, None, (question_index, question_valid)
-            )
-            residual = _relative(attention.gather(1, vision_index), alive, layout.vision_counts)
-        logits = self.pruner(
-            gather_rows(hidden, vision_index), gather_rows(hidden, question_index), question_valid, residual
-        )
-        keep = self._select(keep_probability(logits), alive, record)
+        inputs = {**call}
+        if not rows.complete(record.prefill_length):
+            self._shrink_positions(inputs, rows)
+        indices = (vision_index, alive, question_index, question_valid)
+        view = LayerView(self.layer, inputs, record, rows, rows.valid, None, *indices, self._counts(record))
+        scores = self.scorer(view)
+        keep = self._select(scores.value, view)
+        if scores.vision is not None:
+            hidden = replace_rows(hidden, vision_index, alive, scores.vision)
         selected = rows.select(~is_vision | _marked(vision_index, keep, is_vision.shape[1]))
         alive_index, _ = padded_index(past_kept, width=alive.shape[1])
         record.kept[self.index] = _marked(alive_index, keep, past_kept.shape[1])
         if selected is None:
             record.rows[self.index] = rows
+            call["hidden_states"] = hidden
             return
         record.rows[self.index], index = selected
         call["hidden_states"] = gather_rows(hidden, index)
@@ -291,19 +270,6 @@ class LayerForward:
                 f"the key-value cache of decoder layer {self.index} holds {held} positions, but the latest pruned "
                 f"prefill left {expected}: this cache is of another prompt or mode. Prefill the whole prompt again"
             )
-
-
-def _relative(attention: Tensor, alive: Tensor, counts: Tensor) -> Tensor:
-    """Log of question-to-vision attention relative to uniform, in [-3, 3].
-
-    Args:
-        attention: (B, N) attention that the question pays each vision token.
-        alive: (B, N) bool.
-        counts: (B,) vision tokens before any pruning.
-    """
-    attention = attention * alive
-    share = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
-    return (share * counts[:, None]).clamp(min=1e-6).log().clamp(-3, 3)
 
 
 def _marked(index: Tensor, flags: Tensor, width: int) -> Tensor:

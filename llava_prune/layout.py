@@ -34,6 +34,14 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
+def replace_rows(values: Tensor, index: Tensor, valid: Tensor, rows: Tensor) -> Tensor:
+    """(B, T, D) with the rows at `index` (B, K) replaced by `rows` (B, K, D) where `valid`; the others as they are."""
+    length = values.shape[1]
+    target = index.masked_fill(~valid, length)[..., None].expand_as(rows)
+    padded = torch.cat([values, values.new_zeros(len(values), 1, values.shape[-1])], 1)
+    return padded.scatter(1, target, rows.to(values.dtype))[:, :length]
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Token kinds of one batch of T positions.
@@ -47,6 +55,9 @@ class TokenLayout:
         vision_index, vision_valid: (B, N) position of each sample's vision tokens in order; N is at least 1.
         question_index, question_valid: (B, Q) likewise.
         has_vision: whether any sample has a vision token.
+        original_counts: (B,) long, vision tokens of each sample before a method reduced them ahead of the decoder, or
+            None.
+        kept: (B, M) bool, which of those M it kept, or None.
     """
 
     valid: Tensor
@@ -58,6 +69,8 @@ class TokenLayout:
     question_index: Tensor
     question_valid: Tensor
     has_vision: bool
+    original_counts: Tensor | None = None
+    kept: Tensor | None = None
 
     @classmethod
     def build(cls, valid: Tensor, vision: Tensor, num_images: Tensor, labels: Tensor | None = None) -> TokenLayout:

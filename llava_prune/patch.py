@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from . import compat
 from .announce import announcing_prepare, merging_hook
 from .announce_hf import announcing_forward
+from .budget import layer_counts
 from .config import PruneConfig
 from .forward import LayerForward
 from .merger import TokenMerger
 from .pruner import LayerPruner
+from .scoring import PrunerScorer, Scorer
 from .state import MODES, ForwardRecord, PruneState
 
 _HANDLE = "llava_prune_handle"
@@ -43,18 +45,16 @@ class PruneHandle:
         state: `PruneState` that the bound forwards read.
         pruners: the trainable `Pruners`.
         decoder: the module that holds the decoder layers.
+        vision_tokens: of one image as the decoder gets them before any pruning, None where it depends on the image.
+        modes: what `prune_mode` takes.
     """
 
+    modes = MODES
+
     def __init__(self, model: nn.Module, config: PruneConfig):
-        self.model = model
+        self._inspect(model)
         self.config = config
-        self.state = PruneState()
-        self.decoder = compat.find_decoder(model)
-        self.num_layers = len(self.decoder.layers)
-        self.hidden_size = self.decoder.config.hidden_size
-        self.backend = compat.attention_backend(self.decoder)
         config.check_layers(self.num_layers)
-        self.vision_tokens = compat.vision_tokens_per_image(model)
         if config.enable_token_merger and self.vision_tokens is not None:
             if config.merger_tokens >= self.vision_tokens:
                 raise ValueError(
@@ -63,11 +63,33 @@ class PruneHandle:
             self.vision_tokens = config.merger_tokens
         if self.vision_tokens is not None:
             config.check_budget(self.vision_tokens, self.num_layers)
-        self._decoder_arguments = compat.bind_arguments(self.decoder.forward)
         self.pruners = self._build_modules()
+        self.scorers = {int(index): PrunerScorer(pruner) for index, pruner in self.pruners.layers.items()}
+
+    def _inspect(self, model: nn.Module) -> None:
+        """Find what will be bound; refuses a model that can not be pruned."""
+        self.model = model
+        self.state = PruneState()
+        self.decoder = compat.find_decoder(model)
+        self.num_layers = len(self.decoder.layers)
+        self.hidden_size = self.decoder.config.hidden_size
+        self.backend = compat.attention_backend(self.decoder)
+        self.vision_tokens = compat.vision_tokens_per_image(model)
+        self._decoder_arguments = compat.bind_arguments(self.decoder.forward)
+        self.scorers: dict[int, Scorer] = {}
         self.layer_forwards: dict[int, LayerForward] = {}
         self._bound: list[tuple[nn.Module, str, Any]] = []
         self._hooks: list[Any] = []
+
+    def layer_budget(self, tokens: int, images: int) -> tuple[int, ...] | None:
+        """Tokens that each pruning layer keeps of a sample with `tokens` vision tokens, None by threshold."""
+        config = self.config
+        if config.selection == "threshold":
+            return None
+        average = config.target_token_num
+        average = (1 - config.target_sparsity) * tokens if average is None else average * images
+        settings = (config.pruning_layers, self.num_layers, self.state.keep_fractions, config.min_keep)
+        return layer_counts(tokens, average, *settings)
 
     def _build_modules(self) -> Pruners:
         layers = {}
@@ -105,12 +127,10 @@ class PruneHandle:
     def _attach(self) -> None:
         self.decoder.llava_pruners = self.pruners
         self.decoder.__dict__[_HANDLE] = self
-        for index in range(self.config.pruning_layers[0], self.num_layers):
+        for index in range(min(self.scorers, default=self.num_layers), self.num_layers):
             layer = self.decoder.layers[index]
-            pruner = self.pruners.layers[str(index)] if index in self.config.pruning_layers else None
-            run = LayerForward(
-                index, layer, layer.forward, pruner, self.num_layers, self.config, self.state, self.backend
-            )
+            settings = (self.num_layers, self.config, self.state, self.backend)
+            run = LayerForward(index, layer, self.scorers, self.layer_budget, *settings)
             self.layer_forwards[index] = run
             self._bind(layer, "forward", MethodType(_without_self(run), layer))
             self._extend_rotary(compat.rotary_module(layer))
@@ -270,7 +290,10 @@ def require_handle(model: nn.Module) -> PruneHandle:
     """The handle of `model`; raises ValueError if no pruners are attached."""
     handle = find_handle(model)
     if handle is None:
-        raise ValueError("no pruners on this model: call attach_pruners(model, config) or load_pruners(model, dir)")
+        raise ValueError(
+            "no pruners on this model: call attach_pruners(model, config), load_pruners(model, dir) or "
+            "attach_baseline(model, name, average_tokens)"
+        )
     return handle
 
 
@@ -320,6 +343,7 @@ def prune_mode(model: nn.Module, mode: str) -> Iterator[PruneHandle]:
 
 def set_mode(model: nn.Module, mode: str) -> None:
     """Set the mode until it is set again; raises ValueError as `prune_mode`."""
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
-    require_handle(model).state.mode = mode
+    handle = require_handle(model)
+    if mode not in handle.modes:
+        raise ValueError(f"unknown mode {mode!r}: use one of {', '.join(handle.modes)}")
+    handle.state.mode = mode

@@ -55,7 +55,7 @@ def last_report(model: nn.Module) -> Report:
         kept={layer: [row.nonzero().flatten() for row in kept] for layer, kept in record.kept.items()},
         text_tokens=record.layout.text.sum(-1),
         question_tokens=record.layout.question_valid.sum(-1),
-        vision_tokens=record.layout.vision_counts,
+        vision_tokens=record.vision_tokens,
     )
 
 
@@ -74,9 +74,12 @@ def module_flops(handle: PruneHandle, report: Report) -> dict[str, Tensor]:
     """FLOPs of the plug-in's own modules in one prefill, 2 per multiply-add.
 
     Returns:
-        `pruners` and, if there is one, `token_merger`, (B,) fp64.
+        `pruners` (or what a baseline computes in the decoder to decide) and, if there is one, `token_merger`, (B,)
+        fp64.
     """
     shape = DecoderShape.of(handle.decoder.config)
+    if not handle.pruners.layers:  # a baseline
+        return {"pruners": handle.method.flops(shape, report)}
     flops = {
         "pruners": pruner_flops(
             handle.config, shape, report.tokens_per_layer, report.text_tokens, report.question_tokens

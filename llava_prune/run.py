@@ -1,6 +1,7 @@
-"""`python -m llava_prune run`: any LLaVA program, as it is, with pruners attached.
+"""`python -m llava_prune run`: any LLaVA program, as it is, with pruners or a baseline attached.
 
     python -m llava_prune run --pruners DIR --mode hard -m llava.eval.model_vqa_loader <its own arguments>
+    python -m llava_prune run --baseline fastv --average_tokens 128 -m llava.eval.model_vqa_loader <its own arguments>
 
 Every LLaVA program loads its model through `llava.model.builder.load_pretrained_model`; that function is wrapped
 before the program imports it, and put back afterwards. Nothing else of LLaVA is touched.
@@ -12,10 +13,14 @@ import argparse
 import multiprocessing
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+from torch import nn
+
+from .baselines import METHODS, attach_baseline
 from .checkpoint import load_pruners, read_description, read_weights
 from .cuda_to_cpu import CudaToCpu
 from .sidecar import Sidecar
@@ -25,7 +30,14 @@ from .state import MODES
 def build_parser() -> argparse.ArgumentParser:
     """Arguments up to `-m` are ours, everything after it is the program's."""
     parser = argparse.ArgumentParser(prog="python -m llava_prune run", description=__doc__.splitlines()[0])
-    parser.add_argument("--pruners", required=True, help="output directory of a pruner training")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--pruners", help="output directory of a pruner training")
+    what.add_argument("--baseline", choices=METHODS, help="a training-free method, at --average_tokens")
+    parser.add_argument(
+        "--average_tokens",
+        type=float,
+        help="vision tokens an image, averaged over the decoder layers; pruners have a budget of their own",
+    )
     parser.add_argument("--mode", choices=MODES, default="hard", help="origin leaves the model as it is")
     parser.add_argument("--report", help="write one JSON line a sample here: tokens kept, FLOPs, seconds")
     parser.add_argument("--allow_other_base", action="store_true", help="accept a base model under another name")
@@ -36,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def pruned_loading(directory: str, mode: str, report: str | None, allow_other_base: bool) -> Iterator[None]:
-    """Within the block, LLaVA's `load_pretrained_model` returns models with pruners attached."""
+def pruned_loading(attach: Callable[[nn.Module], Any], report: str | None) -> Iterator[None]:
+    """Within the block, LLaVA's `load_pretrained_model` returns models on which `attach` was called."""
     import torch
     from llava.model import builder
 
@@ -50,7 +62,7 @@ def pruned_loading(directory: str, mode: str, report: str | None, allow_other_ba
         tokenizer, model, image_processor, context_length = original(*args, **kwargs)
         if on_cpu:
             model.float()
-        load_pruners(model, directory, mode, allow_other_base)
+        attach(model)
         if report:
             Sidecar(model, report)
         return tokenizer, model, image_processor, context_length
@@ -63,22 +75,37 @@ def pruned_loading(directory: str, mode: str, report: str | None, allow_other_ba
         builder.load_pretrained_model = original
 
 
+def attach_as_asked(args: argparse.Namespace, model: nn.Module) -> None:
+    """Attach the pruners or the baseline; exits with a message where the model or the budget does not suit them."""
+    try:
+        if args.baseline:
+            attach_baseline(model, args.baseline, args.average_tokens, args.mode)
+        else:
+            load_pruners(model, args.pruners, args.mode, args.allow_other_base, args.average_tokens)
+    except ValueError as error:
+        sys.exit(f"llava_prune: {error}")
+
+
 def main(argv: list[str]) -> None:
-    """Run a program with pruners; exits with a message when the pruners can not be read."""
-    args = build_parser().parse_args(argv)
+    """Run a program with pruners or a baseline; exits with a message when those can not be had."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.baseline and args.average_tokens is None:
+        parser.error("--baseline needs --average_tokens")
     if not args.program:
         sys.exit("llava_prune: -m needs a module (llava.eval.model_vqa_loader) or a .py file")
     program, *rest = args.program
-    try:
-        read_description(args.pruners)
-        read_weights(args.pruners)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"llava_prune: {error}")
+    if args.pruners:
+        try:
+            read_description(args.pruners)
+            read_weights(args.pruners)
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f"llava_prune: {error}")
     if sys.platform == "linux":
         # LLaVA's loader reads a module global in its workers, which only fork hands on
         multiprocessing.set_start_method("fork", force=True)
     sys.argv = [program, *rest]
-    with pruned_loading(args.pruners, args.mode, args.report, args.allow_other_base):
+    with pruned_loading(partial(attach_as_asked, args), args.report):
         if program.endswith(".py"):
             runpy.run_path(program, run_name="__main__")
         else:

@@ -24,43 +24,56 @@ class ForwardRecord:
     Attributes:
         layout: token kinds of the batch as the decoder sees it.
         mode: the mode the pass ran in.
-        logits: per pruning layer (B, N, 2), over the sample's vision tokens (soft and masked).
+        logits: per pruning layer (B, N, 2), over the sample's vision tokens (soft and masked; None of a baseline).
         masks: per pruning layer the cumulative mask, (B, N) fp32 (soft and masked).
-        kept: per pruning layer (B, N) bool, tokens that layer and later ones see.
+        kept: per pruning layer (B, N) bool, tokens that layer and later ones see; under 0, of the tokens there were
+            before a baseline reduced them ahead of the decoder.
         rows: per pruning layer the rows still present (hard).
         attention_masks: per pruning layer the mask argument its decoder layers take in the running step.
-        budgets: per pruning layer the tokens each sample keeps (selection topk).
+        budgets: per sample the tokens that each pruning layer keeps, or None (selection threshold).
         full_length: positions seen so far, pruned or not: the length of layer 0's cache.
         prefix: arguments of the first pruning layer, for the unpruned pass to restart from.
         features: outputs of the layers that `PruneState.feature_layers` names.
+        notes: what a baseline read at an earlier layer.
     """
 
     layout: TokenLayout
     mode: str
     full_length: int
-    logits: dict[int, Tensor] = field(default_factory=dict)
+    logits: dict[int, Tensor | None] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)
     attention_masks: dict[int, Tensor | None] = field(default_factory=dict)
-    budgets: list[tuple[int, ...]] | None = None
+    budgets: list[tuple[int, ...] | None] | None = None
     decoding: bool = False
     prefix: dict[str, Any] | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.layout.kept is not None:
+            self.kept[0] = self.layout.kept
 
     @property
     def prefill_length(self) -> int:
         """Positions of the prefill, T."""
         return self.layout.valid.shape[1]
 
+    @property
+    def vision_tokens(self) -> Tensor:
+        """(B,) long, vision tokens of each sample before any pruning."""
+        counts = self.layout.original_counts
+        return self.layout.vision_counts if counts is None else counts
+
     def move(self, device: torch.device) -> None:
         """Follow the hidden states to another device, where `device_map` spreads the layers over several."""
         if self.layout.valid.device == device:
             return
         self.layout = self.layout.to(device)
-        for table in (self.logits, self.masks, self.kept, self.rows, self.attention_masks):
-            for layer, value in table.items():
-                table[layer] = None if value is None else value.to(device)
+        for table in (self.logits, self.masks, self.kept, self.rows, self.attention_masks, self.notes):
+            for key, value in table.items():
+                table[key] = None if value is None else value.to(device)
 
     def tokens_per_layer(self, num_layers: int) -> Tensor:
         """(B, num_layers) long, vision tokens that enter each decoder layer."""
@@ -88,3 +101,5 @@ class PruneState:
     merger_questions: Tensor | None = None
     record: ForwardRecord | None = None
     stock_features: dict[int, Tensor] | None = None
+    reduction: Any = None  # of the images just encoded, by a baseline
+    inside_generate: bool = False  # of a Hugging Face model whose inputs a baseline has shrunk

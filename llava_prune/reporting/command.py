@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..baselines import METHODS, attach_baseline
 from ..checkpoint import load_pruners, read_description, write_atomically
 from ..config import PruneConfig
 from ..patch import PruneHandle, attach_pruners
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2"), default="sdpa")
     pruning = parser.add_argument_group("pruning")
     pruning.add_argument("--pruners", type=Path, help="output directory of a pruner training")
+    pruning.add_argument("--baseline", choices=METHODS, help="instead: a training-free method, at --average_tokens")
     pruning.add_argument("--allow_other_base", action="store_true", help="accept a base model under another name")
     pruning.add_argument(
         "--prune_config", help="without --pruners: a preset or file, for untrained pruners of exact budget"
@@ -65,6 +67,11 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError or FileNotFoundError for arguments that can not work, before anything is loaded."""
     if (args.model is None) == (args.shape is None):
         raise ValueError("give either --model DIR or --shape NAME")
+    if args.baseline is not None:
+        if args.pruners is not None or args.prune_config is not None:
+            raise ValueError("--baseline has no pruners: leave out --pruners and --prune_config")
+        if args.average_tokens is None:
+            raise ValueError("--baseline needs --average_tokens")
     if args.pruners is not None:
         if args.prune_config is not None:
             raise ValueError("--pruners brings its own configuration: leave out --prune_config")
@@ -150,7 +157,9 @@ def load_inputs(args: argparse.Namespace, stack: str, device: Any, dtype: Any) -
 
 
 def put_pruners_on(model: Any, args: argparse.Namespace) -> PruneHandle:
-    """The trained pruners, or untrained ones that keep exactly their budget."""
+    """The baseline, the trained pruners, or untrained ones that keep exactly their budget."""
+    if args.baseline is not None:
+        return attach_baseline(model, args.baseline, args.average_tokens, "origin")
     if args.pruners is not None:
         return load_pruners(model, args.pruners, "origin", args.allow_other_base, args.average_tokens)
     config = PruneConfig.load(args.prune_config or "default")
@@ -204,7 +213,9 @@ def report_on(args: argparse.Namespace) -> dict[str, Any]:
         },
         "pruning": {
             "pruners": None if args.pruners is None else str(args.pruners),
-            "config": handle.config.to_dict(),
+            "baseline": args.baseline,
+            "average_tokens": args.average_tokens,
+            "config": None if handle.config is None else handle.config.to_dict(),
         },
         "samples": {
             "source": "synthetic" if args.question_file is None else str(args.question_file),

@@ -117,7 +117,8 @@ def observe(handle: PruneHandle, mode: str, batch: Batch) -> Observation:
     finally:
         for hook in hooks:
             hook.remove()
-    vision = report.tokens_per_layer if mode == "hard" else report.vision_tokens[:, None]
+    # masked mode removes nothing of what the decoder is given
+    vision = report.tokens_per_layer if mode == "hard" else report.tokens_per_layer[:, :1]
     rows = (vision + report.text_tokens[:, None]).expand(-1, handle.num_layers)
     return Observation(report, rows, seen["cache"], seen["images"], seen["rows"])
 

@@ -59,22 +59,32 @@ def print_report(result: dict[str, Any]) -> None:
 
 def _heading(result: dict[str, Any]) -> list[str]:
     model, samples, timing = result["model"], result["samples"], result["timing"]
-    config, origin = result["pruning"]["config"], result["modes"]["origin"]
+    origin = result["modes"]["origin"]
     threads = "" if model["device"] != "cpu" else f" (threads: {model['cpu_threads']})"
-    target = f"{config['target_token_num']:g} tokens" if config["target_token_num"] else ""
-    target = target or f"sparsity {config['target_sparsity']:g}"
-    budget = f"exactly {target}" if config["selection"] == "topk" else f"threshold {config['threshold']:g}"
-    of = result["pruning"]["pruners"] or "untrained pruners"
     return [
         f"[bold]{model['name']}[/bold], {model['weights']} weights, {model['stack']} stack (transformers "
         f"{model['transformers']}, torch {model['torch']}), {model['dtype']}, {model['attention']}, "
         f"{model['device']}{threads}",
-        f"{of}, layers {', '.join(map(str, config['pruning_layers']))}, {budget}",
+        _method(result["pruning"]),
         f"{samples['number']} samples ({samples['source']}), batch size {samples['batch_size']}: "
         f"{origin['vision_tokens']:.1f} vision and {origin['text_tokens']:.1f} text tokens each",
         f"times: {timing['clock']}, median (90th percentile) of {timing['calls']} calls of {timing['new_tokens']} "
         f"tokens, {timing['warmup']} a batch thrown away",
     ]
+
+
+def _method(pruning: dict[str, Any]) -> str:
+    """What is measured, where it prunes and how much."""
+    config = pruning["config"]
+    if config is None:
+        return f"{pruning['baseline']}, before the decoder, at most {pruning['average_tokens']:g} tokens"
+    target = f"{config['target_token_num']:g} tokens" if config["target_token_num"] else ""
+    target = target or f"sparsity {config['target_sparsity']:g}"
+    budget = f"exactly {target}" if config["selection"] == "topk" else f"threshold {config['threshold']:g}"
+    if pruning["baseline"]:
+        budget = f"at most {target}"
+    of = pruning["baseline"] or pruning["pruners"] or "untrained pruners"
+    return f"{of}, layers {', '.join(map(str, config['pruning_layers']))}, {budget}"
 
 
 def _modes(result: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The question-to-vision attention of a decoder layer, for the question's rows only.
+"""The attention that chosen rows pay in a decoder layer, without the rest of the attention matrix.
 
 It is computed from the layer's own projections, so it needs no eager attention and no (B, H, T, T) tensor.
 """
@@ -16,16 +16,17 @@ from .layout import TokenLayout, gather_rows
 
 
 @torch.no_grad()
-def question_attention(
+def attention_of_rows(
     layer: nn.Module,
     call: dict[str, Any],
     layout: TokenLayout,
     rows: Rows,
     present: Tensor | None,
     bias: Tensor | None,
-    question: tuple[Tensor, Tensor] | None = None,
+    index: Tensor,
+    valid: Tensor,
 ) -> Tensor:
-    """Mean attention that the question pays each row, over heads and question tokens.
+    """Mean attention that the rows `index` pay each row, over heads and over those rows.
 
     Args:
         layer: the decoder layer; its `input_layernorm`, `q_proj` and `k_proj` are used.
@@ -33,14 +34,14 @@ def question_attention(
         rows: which positions the S rows are.
         present: (B, S) bool, rows that may be attended, or None for all.
         bias: (B, S) attention bias of a soft mask, or None.
-        question: index (B, Q) and validity of the question's rows; the layout's own if None.
+        index: (B, Q) long, the rows that attend.
+        valid: (B, Q) bool, False at filler.
 
     Returns:
-        (B, S) fp32, zero for samples without a question.
+        (B, S) fp32, zero for samples without a valid row.
     """
     attention = layer.self_attn
     hidden = layer.input_layernorm(call["hidden_states"])
-    index, valid = question if question is not None else (layout.question_index, layout.question_valid)
     head_dim = attention.head_dim
     length = layout.valid.shape[1]
     cos, sin = compat.rotary_tables(attention, call, hidden, length)

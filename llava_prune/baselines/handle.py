@@ -1,0 +1,61 @@
+"""`BaselineHandle`: a training-free method where a `PruneHandle` has trained pruners."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .. import compat
+from ..config import PruneConfig
+from ..patch import PruneHandle, Pruners
+from .decoder import DecoderBaseline
+from .features import FeatureBaseline
+from .placeholders import shrinking_forward, shrinking_generate
+
+
+class BaselineHandle(PruneHandle):
+    """What `attach_baseline` returns.
+
+    Attributes:
+        method: the method.
+        average_tokens: of one image, as asked for.
+        config: pruning layers and budget of a method that drops in the decoder, else None.
+    """
+
+    modes = ("origin", "masked", "hard")
+
+    def __init__(
+        self, model: nn.Module, method: type[DecoderBaseline | FeatureBaseline], average_tokens: float, **settings: Any
+    ):
+        self._inspect(model)
+        self.pruners = Pruners({}, None)  # nothing to train
+        self.average_tokens = average_tokens
+        self.config = None
+        self.method = method(self, average_tokens, **settings)
+        if isinstance(self.method, DecoderBaseline):
+            layers = self.method.layers
+            self.config = PruneConfig(pruning_layers=layers, target_token_num=average_tokens, selection="topk")
+            self.config.check_layers(self.num_layers)
+            if self.vision_tokens is not None:
+                self.method.counts(self.vision_tokens, average_tokens)
+            self.scorers = {layer: self.method for layer in layers}
+
+    def layer_budget(self, tokens: int, images: int) -> tuple[int, ...]:
+        """Tokens that each pruning layer keeps of a sample with `tokens` vision tokens."""
+        return self.method.counts(tokens, self.average_tokens * images)
+
+    def _attach(self) -> None:
+        super()._attach()
+        self._hooks += self.method.hooks(self)
+        hf = compat.find_hf_llava(self.model) if compat.find_llava(self.model) is None else None
+        if hf is not None and isinstance(self.method, FeatureBaseline):
+            self._bind(hf, "forward", shrinking_forward(hf.forward, hf, self.state, self.method))
+            self._bind(hf, "generate", shrinking_generate(hf.generate, hf, self.state, self.method))
+
+    def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        state = self.state
+        if state.reduction is not None and state.announced is not None:
+            state.announced = state.reduction.describe(state.announced)
+        state.reduction = None
+        super()._begin(decoder, args, kwargs)

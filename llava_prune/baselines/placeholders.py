@@ -1,0 +1,123 @@
+"""Fewer placeholders for fewer features: Hugging Face's `input_ids` hold one for each vision token.
+
+The outer model's `forward` and `generate` are bound; both take the processor's inputs as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compat import bind_arguments
+from ..layout import IGNORE_INDEX
+from ..state import PruneState
+from .features import FeatureBaseline
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A batch with fewer placeholders; rows are packed to the right.
+
+    Attributes:
+        ids: (B, W) the new `input_ids`.
+        index: (B, W) long, old position of each new one.
+        valid: (B, W) bool, False at filler, which only a batch with unequal numbers of images has.
+    """
+
+    ids: Tensor
+    index: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, image_token: int, tokens: int, keep: int) -> Shrunk:
+        """Keep the first `keep` placeholders of each run of `tokens`."""
+        image = ids == image_token
+        present = ~image | ((image.cumsum(-1) - 1) % tokens < keep)
+        width = int(present.sum(-1).max())
+        order = torch.sort(present.to(torch.uint8), dim=-1, stable=True).indices[:, -width:]
+        valid = present.gather(1, order)
+        filler = 0 if image_token else 1  # any token but a placeholder
+        return cls(ids.gather(1, order).masked_fill(~valid, filler), order, valid)
+
+    def apply(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of `forward` or `generate`, shrunk."""
+        mask = call.get("attention_mask")
+        if mask is None and not bool(self.valid.all()):
+            mask = torch.ones_like(call["input_ids"])
+        shrunk = {**call, "input_ids": self.ids}
+        if mask is not None:
+            shrunk["attention_mask"] = mask.gather(1, self.index) * self.valid.to(mask.dtype)
+        if call.get("labels") is not None:
+            shrunk["labels"] = call["labels"].gather(1, self.index).masked_fill(~self.valid, IGNORE_INDEX)
+        for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
+            shrunk.pop(name, None)  # of the longer sequence; the model makes its own
+        return shrunk
+
+
+def _shrink(call: dict[str, Any], model: nn.Module, state: PruneState, method: FeatureBaseline) -> Shrunk | None:
+    ids, image_token = call.get("input_ids"), model.config.image_token_id
+    if state.mode == "origin" or method.keep == method.tokens or call.get("pixel_values") is None or ids is None:
+        return None
+    return Shrunk.of(ids, image_token, method.tokens, method.keep)
+
+
+def shrinking_forward(original: Callable, model: nn.Module, state: PruneState, method: FeatureBaseline) -> Callable:
+    """The model's `forward`; logits have the length they were asked for, zero at placeholders that are gone.
+
+    The key-value cache it returns holds the shorter sequence: go on with `generate`.
+    """
+    bind = bind_arguments(original)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        call = bind(args, kwargs)
+        shrunk = None if state.inside_generate else _shrink(call, model, state, method)
+        if shrunk is None:
+            return original(*args, **kwargs)
+        output = original(**shrunk.apply(call))
+        if output.logits.shape[1] == shrunk.index.shape[1]:
+            full = output.logits.new_zeros(*call["input_ids"].shape, output.logits.shape[-1])
+            index = shrunk.index[..., None].expand_as(output.logits)
+            output.logits = full.scatter(1, index, output.logits * shrunk.valid[..., None])
+        return output
+
+    return forward
+
+
+def shrinking_generate(original: Callable, model: nn.Module, state: PruneState, method: FeatureBaseline) -> Callable:
+    """The model's `generate`, whose output starts with the prompt as it was given."""
+
+    bind = bind_arguments(original)
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        call = bind(args, kwargs)
+        if call.get("inputs") is not None:
+            call["input_ids"] = call.pop("inputs")
+        shrunk = _shrink(call, model, state, method)
+        if shrunk is None:
+            return original(*args, **kwargs)
+        for name in ("max_length", "min_length"):  # they count the prompt
+            if call.get(name) is not None:
+                call[name] -= call["input_ids"].shape[1] - shrunk.index.shape[1]
+        state.inside_generate = True
+        try:
+            output = original(**shrunk.apply(call))
+        finally:
+            state.inside_generate = False
+        plain = isinstance(output, Tensor)
+        sequences = output if plain else output.sequences
+        ids = call["input_ids"]
+        prompt = ids.repeat_interleave(len(sequences) // len(ids), 0)
+        sequences = torch.cat([prompt, sequences[:, shrunk.index.shape[1] :]], -1)
+        if plain:
+            return sequences
+        output.sequences = sequences
+        return output
+
+    return generate

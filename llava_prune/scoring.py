@@ -1,0 +1,140 @@
+"""What decides at a pruning layer: a scorer looks at the layer's inputs and scores the vision tokens still there.
+
+The same scorer runs in every mode. It is shown all rows with the dropped ones marked (soft, masked) or only the rows
+that are left (hard), and must give a token the same score either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention_rows import attention_of_rows
+from .drop import Rows
+from .layout import TokenLayout, gather_rows
+from .masks import keep_probability
+from .state import ForwardRecord
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """Inputs of a decoder layer in a prefill: S rows, N of them vision tokens, Q of them question.
+
+    Attributes:
+        layer: the decoder layer.
+        call: its arguments, `hidden_states` (B, S, D) among them.
+        record: of the running forward.
+        rows: which positions the S rows are.
+        present: (B, S) bool, rows that may be attended, or None for all.
+        bias: (B, S) attention bias of a soft mask, or None.
+        vision_index, alive: (B, N) rows of the vision tokens in order; False where dropped, and at filler.
+        question_index, question_valid: (B, Q) rows of the question.
+        counts: (B,) long, vision tokens to keep, or None where a threshold decides.
+    """
+
+    layer: nn.Module
+    call: dict[str, Any]
+    record: ForwardRecord
+    rows: Rows
+    present: Tensor | None
+    bias: Tensor | None
+    vision_index: Tensor
+    alive: Tensor
+    question_index: Tensor
+    question_valid: Tensor
+    counts: Tensor | None = None
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Token kinds of the whole batch, before any removal."""
+        return self.record.layout
+
+    @property
+    def vision(self) -> Tensor:
+        """(B, N, D) hidden states of the vision tokens."""
+        return gather_rows(self.call["hidden_states"], self.vision_index)
+
+    @property
+    def question(self) -> Tensor:
+        """(B, Q, D) hidden states of the question."""
+        return gather_rows(self.call["hidden_states"], self.question_index)
+
+    @property
+    def last_token(self) -> tuple[Tensor, Tensor]:
+        """(B, 1) row of the question's last token (without a question of the last token), and whether there is one."""
+        seen = self.rows.flags(self.layout.valid)
+        seen = seen if self.present is None else seen & self.present
+        asked = self.rows.flags(self.layout.question)
+        flags = torch.where(asked.any(-1, keepdim=True), asked, seen)
+        places = torch.arange(flags.shape[1], device=flags.device)
+        return (flags * places).amax(-1, keepdim=True), flags.any(-1, keepdim=True)
+
+    def attention(self, index: Tensor, valid: Tensor) -> Tensor:
+        """(B, N) fp32 attention that the rows `index` (B, Q) pay each vision token, mean over heads and rows."""
+        paid = attention_of_rows(self.layer, self.call, self.layout, self.rows, self.present, self.bias, index, valid)
+        return paid.gather(1, self.vision_index)
+
+    @classmethod
+    def of_all_rows(cls, layer: nn.Module, call: dict[str, Any], record: ForwardRecord, **changes: Any) -> LayerView:
+        """Of a layer that is given every row; `changes` say what may not be attended."""
+        layout = record.layout
+        hidden = call["hidden_states"]
+        fields = {
+            "rows": Rows.full(*hidden.shape[:2], hidden.device),
+            "present": None,
+            "bias": None,
+            "alive": layout.vision_valid,
+        }
+        indices = (layout.vision_index, layout.question_index, layout.question_valid)
+        names = ("vision_index", "question_index", "question_valid")
+        return cls(layer, call, record, **{**fields, **dict(zip(names, indices, strict=True)), **changes})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a scorer says of the N vision tokens of a `LayerView`.
+
+    Attributes:
+        value: (B, N) fp32, higher is kept first; a keep probability where a threshold decides.
+        logits: (B, N, 2) drop and keep, of a trained pruner.
+        vision: (B, N, D) new hidden states of the vision tokens, from a method that merges, or None.
+    """
+
+    value: Tensor
+    logits: Tensor | None = None
+    vision: Tensor | None = None
+
+
+Scorer = Callable[[LayerView], Scores]
+
+
+class PrunerScorer:
+    """A trained `LayerPruner` as a scorer."""
+
+    def __init__(self, pruner: nn.Module):
+        self.pruner = pruner
+
+    def __call__(self, view: LayerView) -> Scores:
+        residual = None
+        if self.pruner.use_attn_residual:
+            attention = view.attention(view.question_index, view.question_valid)
+            residual = _relative(attention, view.alive, view.layout.vision_counts)
+        logits = self.pruner(view.vision, view.question, view.question_valid, residual)
+        return Scores(keep_probability(logits), logits)
+
+
+def _relative(attention: Tensor, alive: Tensor, counts: Tensor) -> Tensor:
+    """Log of question-to-vision attention relative to uniform, in [-3, 3].
+
+    Args:
+        attention: (B, N) attention that the question pays each vision token.
+        alive: (B, N) bool.
+        counts: (B,) vision tokens before any pruning.
+    """
+    attention = attention * alive
+    share = attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)
+    return (share * counts[:, None]).clamp(min=1e-6).log().clamp(-3, 3)
