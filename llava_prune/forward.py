@@ -81,8 +81,14 @@ class LayerForward:
             return self._hard(call, record)
         return self._masked(call, record)
 
-    def _select(self, probability: Tensor, alive: Tensor, record: ForwardRecord) -> Tensor:
-        """(B, N) bool, the alive tokens that stay."""
+    def _select(self, probability: Tensor, alive: Tensor, needed: Tensor | None, record: ForwardRecord) -> Tensor:
+        """(B, N) bool, the alive tokens that stay; those `needed`, whose logits are read, come first."""
+        if needed is not None:
+            needed = needed & alive
+            return self._choose(probability.masked_fill(needed, 2.0), alive, record) | needed
+        return self._choose(probability, alive, record)
+
+    def _choose(self, probability: Tensor, alive: Tensor, record: ForwardRecord) -> Tensor:
         config = self.config
         if config.selection == "threshold":
             return select_tokens(probability, alive, config.threshold, config.min_keep, config.max_keep)
@@ -147,7 +153,8 @@ class LayerForward:
             residual,
         )
         probability = keep_probability(logits)
-        keep = self._select(probability, past_kept, record)
+        needed = None if layout.predicting is None else layout.predicting.gather(1, layout.vision_index)
+        keep = self._select(probability, past_kept, needed, record)
         if record.mode == "soft":
             mask = estimate_mask(
                 logits,
@@ -244,7 +251,8 @@ class LayerForward:
         logits = self.pruner(
             gather_rows(hidden, vision_index), gather_rows(hidden, question_index), question_valid, residual
         )
-        keep = self._select(keep_probability(logits), alive, record)
+        needed = None if layout.predicting is None else rows.flags(layout.predicting).gather(1, vision_index)
+        keep = self._select(keep_probability(logits), alive, needed, record)
         selected = rows.select(~is_vision | _marked(vision_index, keep, is_vision.shape[1]))
         alive_index, _ = padded_index(past_kept, width=alive.shape[1])
         record.kept[self.index] = _marked(alive_index, keep, past_kept.shape[1])
@@ -289,7 +297,7 @@ class LayerForward:
         if held != expected:
             raise ValueError(
                 f"the key-value cache of decoder layer {self.index} holds {held} positions, but the latest pruned "
-                f"prefill left {expected}: this cache is of another prompt or mode. Prefill the whole prompt again"
+                f"prefill left {expected}: this cache is of another prompt or mode, prefill the whole prompt again"
             )
 
 
