@@ -200,7 +200,7 @@ class PruneHandle:
         if pruned and cached != record.full_length:
             raise ValueError(
                 f"the key-value cache holds {cached} positions, the latest pruned forward saw {record.full_length}: "
-                "this cache is of another prompt, prefill the whole prompt again"
+                "this cache is of another prompt, or was cropped as assisted decoding does; prefill the whole prompt again"
             )
         if not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
             raise ValueError(
@@ -313,7 +313,8 @@ def prune_mode(model: nn.Module, mode: str) -> Iterator[PruneHandle]:
       `text_tokens + tokens_per_layer[:, i - 1]` of `last_report`, if nothing is padded) are filler.
     - `attentions[i]` (B, heads, S, S) over the rows that layer i saw.
     - `past_key_values`: layer i holds the rows that entered it. The cache takes further text, of any number of tokens;
-      a new image, or a cache of another prompt than the latest, is refused: prefill the whole prompt again.
+      a new image, and a cache that was cropped or is of another prompt than the latest, are refused: prefill the
+      whole prompt again. (A cache of another prompt with the same lengths in all layers is not told apart.)
 
     Calls without an image are the stock model's in every mode.
 

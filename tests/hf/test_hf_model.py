@@ -227,6 +227,15 @@ def test_a_static_cache_is_refused(mode):
         model.generate(**batch_of(model, [9], [1]), max_new_tokens=3, cache_implementation="static")
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_assisted_decoding_is_refused(mode):
+    model = tiny()
+    batch = batch_of(model, [9], [1])
+    batch["input_ids"][0, -6:] = torch.tensor([7, 8, 7, 8, 7, 8])  # looked up, proposed, and rejected
+    with pruned(model, mode), pytest.raises(ValueError, match="cropped as assisted decoding does"):
+        model.generate(**batch, max_new_tokens=12, prompt_lookup_num_tokens=3, do_sample=False)
+
+
 def test_inputs_embeds_are_refused():
     model = tiny()
     with pruned(model), pytest.raises(ValueError, match="inputs_embeds do not say"):
