@@ -200,7 +200,8 @@ class PruneHandle:
         if pruned and cached != record.full_length:
             raise ValueError(
                 f"the key-value cache holds {cached} positions, the latest pruned forward saw {record.full_length}: "
-                "this cache is of another prompt, or was cropped as assisted decoding does; prefill the whole prompt again"
+                "this cache is of another prompt, or was cropped as assisted decoding does; prefill the whole "
+                "prompt again, without an assistant"
             )
         if not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
             raise ValueError(
