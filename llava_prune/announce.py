@@ -40,14 +40,17 @@ def announcing_prepare(
         images: Any,
         image_sizes: Any = None,
     ) -> tuple:
+        if images is None:  # text only, or a decode step of generate
+            state.announced = None
+            return original(input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes)
         numbers = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         given = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
-        if merger is not None and images is not None and state.mode != "origin":
+        if merger is not None and state.mode != "origin":
             state.merger_questions = _question_vectors(model, input_ids, given.bool(), labels, images)
         ids, positions, mask, cache, embeds, numbered = original(
             input_ids, position_ids, given, past_key_values, numbers, images, image_sizes
         )
-        if embeds is None:  # no image, or a decode step
+        if embeds is None:  # a single token: a decode step
             state.announced = None
             return ids, positions, attention_mask, cache, None, labels
         valid = mask.bool()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .compat import bind_arguments
-from .layout import TokenLayout
+from .layout import IGNORE_INDEX, TokenLayout
 from .state import PruneState
 
 
@@ -59,11 +59,17 @@ def _layout(
     # a cache in use makes the mask longer than the ids; the decoder refuses an image there
     valid = ids.new_ones(ids.shape).bool() if mask is None else mask[:, -ids.shape[1] :].bool()
     vision = is_image & valid
+    labels = call.get("labels")
+    if labels is not None and mode == "hard" and bool((vision & (labels != IGNORE_INDEX)).any()):
+        raise ValueError(
+            "labels supervise image placeholders, of which hard mode removes some: set labels to -100 where input_ids "
+            f"is the image token {image_token}"
+        )
     if tokens_per_image is not None:
         num_images = (vision.sum(-1) + tokens_per_image - 1) // tokens_per_image
     else:  # anyres: runs of placeholders, of which processors put text between two
         num_images = (vision & ~_shifted(vision)).sum(-1)
-    return TokenLayout.build(valid, vision, num_images, call.get("labels"))
+    return TokenLayout.build(valid, vision, num_images, labels)
 
 
 def _shifted(mask: Tensor) -> Tensor:

@@ -75,11 +75,15 @@ class LayerForward:
         return self._masked(call, record)
 
     def _select(self, value: Tensor, view: LayerView) -> Tensor:
-        """(B, N) bool, the alive tokens that stay."""
-        config = self.config
+        """(B, N) bool, the alive tokens that stay; those whose logits are read come first."""
+        config, needed = self.config, view.predicting
+        if needed is not None:
+            value = value.masked_fill(needed, torch.inf)
         if view.counts is None:
-            return select_tokens(value, view.alive, config.threshold, config.min_keep, config.max_keep)
-        return select_best(value, view.alive, view.counts)
+            keep = select_tokens(value, view.alive, config.threshold, config.min_keep, config.max_keep)
+        else:
+            keep = select_best(value, view.alive, view.counts)
+        return keep if needed is None else keep | needed
 
     def _counts(self, record: ForwardRecord) -> Tensor | None:
         """(B,) vision tokens that stay, or None where a threshold decides."""
@@ -268,7 +272,7 @@ class LayerForward:
         if held != expected:
             raise ValueError(
                 f"the key-value cache of decoder layer {self.index} holds {held} positions, but the latest pruned "
-                f"prefill left {expected}: this cache is of another prompt or mode. Prefill the whole prompt again"
+                f"prefill left {expected}: this cache is of another prompt or mode, prefill the whole prompt again"
             )
 
 

@@ -51,6 +51,8 @@ class TokenLayout:
         vision: (B, T) bool.
         question: (B, T) bool, text after the first vision token and before the answer: the supervised one when
             labels are given, else the one to be generated. Never a token of the answer.
+        predicting: (B, T) bool, vision tokens that a text token is predicted from: the last token of a prompt that
+            ends in an image, and the one before a supervised token. None where there are none.
         num_images: (B,) long.
         vision_index, vision_valid: (B, N) position of each sample's vision tokens in order; N is at least 1.
         question_index, question_valid: (B, Q) likewise.
@@ -63,6 +65,7 @@ class TokenLayout:
     valid: Tensor
     vision: Tensor
     question: Tensor
+    predicting: Tensor | None
     num_images: Tensor
     vision_index: Tensor
     vision_valid: Tensor
@@ -79,9 +82,14 @@ class TokenLayout:
         question = text_after
         if labels is not None:
             question = text_after & ((text_after & (labels != IGNORE_INDEX)).cumsum(-1) == 0)
-        widest = int(vision.sum(-1).max())
+        read = valid & (valid.flip(-1).cumsum(-1).flip(-1) == 1)
+        if labels is not None:
+            read[:, :-1] |= (valid & ~vision & (labels != IGNORE_INDEX))[:, 1:]
+        predicting = vision & read
+        widest, any_predicting = torch.stack([vision.sum(-1).max(), predicting.any().long()]).tolist()
         indices = (*padded_index(vision, widest), *padded_index(question))
-        return cls(valid, vision, question, num_images, *indices, has_vision=widest > 0)
+        predicting = predicting if any_predicting else None
+        return cls(valid, vision, question, predicting, num_images, *indices, has_vision=widest > 0)
 
     @property
     def text(self) -> Tensor:

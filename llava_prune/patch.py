@@ -198,11 +198,12 @@ class PruneHandle:
         call = self._decoder_arguments(args, kwargs)
         inputs = call.get("inputs_embeds") if call.get("inputs_embeds") is not None else call.get("input_ids")
         batch, length = inputs.shape[:2]
-        cached = compat.cache_length(compat.cache_of(call), 0)
+        cache = compat.cache_of(call)
+        cached = compat.cache_length(cache, 0)
         state, layout = self.state, self.state.announced
         state.announced = None
         if cached:
-            self._continue(cached, length, layout is not None)
+            self._continue(cache, cached, length, layout is not None and layout.has_vision)
             return
         state.record = None
         if layout is None or not (layout.has_vision or decoder.training):
@@ -213,25 +214,30 @@ class PruneHandle:
                 f"{(batch, length)}: call the model with what prepare_inputs_labels_for_multimodal returned last"
             )
         if state.mode in ("masked", "hard"):
-            compat.check_cache(compat.cache_of(call))
+            compat.check_cache(cache)
         if batch != len(layout.valid):
             layout = layout.repeat(batch // len(layout.valid))
         self._check_mode(decoder)
         state.record = ForwardRecord(layout, state.mode, full_length=length)
 
-    def _continue(self, cached: int, length: int, new_image: bool) -> None:
+    def _continue(self, cache: Any, cached: int, length: int, new_image: bool) -> None:
+        """Go on with the record of the latest prefill; a cache that is of another one is refused."""
         record = self.state.record
-        if record is None:
-            if new_image and self.state.mode != "origin":
-                raise ValueError(
-                    "an image was added to a key-value cache that is in use: prefill the whole prompt again"
-                )
-            return
-        if record.mode in ("masked", "hard") and (new_image or cached != record.full_length):
+        pruned = record is not None and record.mode in ("masked", "hard")
+        if new_image and (pruned or self.state.mode != "origin"):
+            raise ValueError("an image was added to a key-value cache that is in use: prefill the whole prompt again")
+        if pruned and cached != record.full_length:
             raise ValueError(
-                f"the key-value cache holds {cached} positions, the latest pruned forward saw {record.full_length}"
-                f"{' and a new image came with this call' if new_image else ''}: prefill the whole prompt again"
+                f"the key-value cache holds {cached} positions, the latest pruned forward saw {record.full_length}: "
+                "this cache is of another prompt, or was cropped as assisted decoding does; prefill the whole "
+                "prompt again, without an assistant"
             )
+        if not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
+            raise ValueError(
+                "the key-value cache is of a pruned prompt, and another was run since: prefill the whole prompt again"
+            )
+        if record is None:
+            return
         record.decoding = True
         record.full_length = cached + length
         record.attention_masks.clear()
@@ -328,6 +334,22 @@ def detach_pruners(model: nn.Module) -> None:
 @contextmanager
 def prune_mode(model: nn.Module, mode: str) -> Iterator[PruneHandle]:
     """Run `model` in `origin`, `soft`, `masked` or `hard` mode within the block, then in the mode it had before.
+
+    What a call returns in hard mode, for a batch of B samples that LLaVA makes T positions long:
+
+    - `logits` (B, T, vocabulary), `last_hidden_state` and the last of `hidden_states` (B, T, hidden_size): of full
+      length, zero in the last hidden state and in the logits where a vision token was removed.
+    - `loss`: that of masked mode. The vision token before a supervised token is always kept.
+    - `hidden_states[i]` (B, S_i, hidden_size) for i < num_layers: the embeddings (i = 0), then what layer i - 1
+      returned: the rows that layer saw, S_i of them in the fullest sample, in their order and packed to the left.
+      S_i is T for layers before the first pruning layer. Rows beyond a sample's own (that much is
+      `text_tokens + tokens_per_layer[:, i - 1]` of `last_report`, if nothing is padded) are filler.
+    - `attentions[i]` (B, heads, S, S) over the rows that layer i saw.
+    - `past_key_values`: layer i holds the rows that entered it. The cache takes further text, of any number of tokens;
+      a new image, and a cache that was cropped or is of another prompt than the latest, are refused: prefill the
+      whole prompt again. (A cache of another prompt with the same lengths in all layers is not told apart.)
+
+    Calls without an image are the stock model's in every mode.
 
     Raises:
         ValueError: unknown mode, or no pruners attached.

@@ -64,6 +64,13 @@ class LayerView:
         return gather_rows(self.call["hidden_states"], self.question_index)
 
     @property
+    def predicting(self) -> Tensor | None:
+        """(B, N) bool, alive vision tokens that a text token is predicted from, or None if there are none."""
+        if self.layout.predicting is None:
+            return None
+        return self.rows.flags(self.layout.predicting).gather(1, self.vision_index) & self.alive
+
+    @property
     def last_token(self) -> tuple[Tensor, Tensor]:
         """(B, 1) row of the question's last token (without a question of the last token), and whether there is one."""
         seen = self.rows.flags(self.layout.valid)

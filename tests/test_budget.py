@@ -1,5 +1,6 @@
 """Budgets are met exactly: never exceeded, and short by less than one token."""
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import assume, given
@@ -24,6 +25,7 @@ def settings(draw):
     return tokens, average, tuple(layers), num_layers, fractions, least
 
 
+@hypothesis.settings(deadline=None)
 @given(settings())
 def test_the_budget_is_met_and_never_exceeded(case):
     tokens, average, layers, num_layers, fractions, least = case
@@ -34,6 +36,7 @@ def test_the_budget_is_met_and_never_exceeded(case):
     assert counts[-1] >= min(least, tokens)
 
 
+@hypothesis.settings(deadline=None)
 @given(settings(), st.floats(0, 1))
 def test_a_larger_budget_keeps_more(case, more):
     tokens, average, layers, num_layers, _, _ = case
@@ -57,6 +60,7 @@ def test_no_vision_tokens_need_no_budget():
     assert layer_counts(0, 0, (6, 12, 18), 32) == (0, 0, 0)
 
 
+@hypothesis.settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 30), st.randoms(use_true_random=False))
 def test_select_best_takes_the_count_of_the_alive(batch, tokens, random):
     generator = torch.Generator().manual_seed(random.randrange(2**31))

@@ -1,7 +1,7 @@
 """Gathering and scattering rows: nothing is lost, moved or invented, for any mask."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_prune.drop import Rows
@@ -17,6 +17,7 @@ def masks(draw, count=1):
     return made[0] if count == 1 else made
 
 
+@settings(deadline=None)
 @given(masks())
 def test_padded_index_lists_the_true_positions_in_order(mask):
     index, valid = padded_index(mask)
@@ -26,6 +27,7 @@ def test_padded_index_lists_the_true_positions_in_order(mask):
     assert not index[~valid].any()
 
 
+@settings(deadline=None)
 @given(masks())
 def test_padded_index_with_a_known_width_is_the_same(mask):
     width = int(mask.sum(-1).max())
@@ -33,6 +35,7 @@ def test_padded_index_with_a_known_width_is_the_same(mask):
         assert torch.equal(known, counted)
 
 
+@settings(deadline=None)
 @given(masks())
 def test_rows_that_stay_come_back_where_they_were(mask):
     batch, length = mask.shape
@@ -47,6 +50,7 @@ def test_rows_that_stay_come_back_where_they_were(mask):
     assert torch.equal(back, values * mask[..., None])
 
 
+@settings(deadline=None)
 @given(masks(count=2))
 def test_selecting_twice_is_selecting_both(pair):
     first, second = pair
@@ -62,6 +66,7 @@ def test_selecting_twice_is_selecting_both(pair):
     assert torch.equal(rows.scatter(hidden, length)[..., 0], expected.float())
 
 
+@settings(deadline=None)
 @given(masks(), st.integers(1, 3))
 def test_take_is_the_same_along_every_dimension(mask, heads):
     batch, length = mask.shape
@@ -78,6 +83,7 @@ def test_take_is_the_same_along_every_dimension(mask, heads):
     assert torch.equal(rows.take(shared, 1)[rows.valid], rows.positions[rows.valid])
 
 
+@settings(deadline=None)
 @given(masks(count=3))
 def test_a_layout_tells_every_position_one_thing(made):
     valid, vision, answer = made

@@ -1,8 +1,11 @@
 """Tiny random models from configs: real LLaVA classes, no download."""
 
 import torch
+from law import randomise_pruners  # noqa: F401 (tests take it from here)
 
 IMAGE_TOKEN = -200
+PINPOINTS = [[64, 32], [32, 64], [64, 64]]  # of anyres, for images of 32 pixels a side
+SIZES = [(60, 20), (40, 64), (40, 40)]  # width and height of anyres pictures, in turn
 
 
 def tiny_llava(
@@ -15,12 +18,23 @@ def tiny_llava(
     patch=8,
     attention="sdpa",
     merge_type="flat",
+    anyres=False,
     padding_side="right",
+    decoder="llama",
     seed=0,
 ):
-    """A random `LlavaLlamaForCausalLM` with 16 vision tokens and a vocabulary of 64, in eval mode, fp32."""
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    """A random LLaVA with a Llama or Mistral decoder and a vocabulary of 64, in eval mode, fp32.
+
+    An image has 16 vision tokens; with anyres 16 a crop, less what `spatial_unpad` takes off.
+    """
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    if decoder == "mistral":
+        from llava.model.language_model.llava_mistral import LlavaMistralConfig as LlavaConfig
+        from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM as LlavaForCausalLM
+    else:
+        from llava.model.language_model.llava_llama import LlavaConfig
+        from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM as LlavaForCausalLM
 
     torch.manual_seed(seed)
     tower = folder / "tower"
@@ -52,37 +66,37 @@ def tiny_llava(
         mm_vision_select_layer=-1,
         mm_vision_select_feature="patch",
         mm_patch_merge_type=merge_type,
+        image_aspect_ratio="anyres" if anyres else "square",
+        image_grid_pinpoints=PINPOINTS,
         tokenizer_padding_side=padding_side,
         initializer_range=0.2,
         attn_implementation=attention,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **({"sliding_window": None} if decoder == "mistral" else {}),
     )
-    model = LlavaLlamaForCausalLM(config)
+    model = LlavaForCausalLM(config)
     model.get_vision_tower().load_model()
+    if "unpad" in merge_type:  # LLaVA leaves it uninitialised for a checkpoint to fill
+        torch.nn.init.normal_(model.get_model().image_newline)
     return model.eval()
 
 
-def randomise_pruners(handle, seed=0, bias=0.3, scale=1.0):
-    """Give fresh pruners decisions of their own, so that each keeps some tokens and drops others."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for pruner in handle.pruners.layers.values():
-            weight = pruner.joint_logits.weight
-            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-            pruner.joint_logits.bias.copy_(torch.tensor([0.0, bias]))
-
-
-def batch_of(lengths, images, padding_side="right", answers=None, seed=0, image=32, vocab=64):
+def batch_of(lengths, images, padding_side="right", answers=None, seed=0, image=32, vocab=64, anyres=False):
     """input_ids, attention_mask, labels and images of a batch.
 
     Args:
         lengths: text tokens of each sample.
         images: images of each sample; each is placed near the front, with a text token between two.
+        padding_side: `left`, `right`, or `none` for no attention_mask and more text where input_ids would be shorter.
         answers: supervised tokens at the end of each sample, or None for no labels.
+        anyres: images as lists of crops, with their image_sizes.
     """
     generator = torch.Generator().manual_seed(seed)
+    if padding_side == "none":
+        width = max(length + count for length, count in zip(lengths, images, strict=True))
+        lengths = [width - count for count in images]
     rows, labels = [], []
     for i, (length, count) in enumerate(zip(lengths, images, strict=True)):
         text = torch.randint(3, vocab, (length,), generator=generator)
@@ -103,8 +117,30 @@ def batch_of(lengths, images, padding_side="right", answers=None, seed=0, image=
         place = slice(width - len(row), width) if padding_side == "left" else slice(0, len(row))
         ids[i, place], mask[i, place], target[i, place] = row, True, label
     # LLaVA takes one image for a sample without any
-    pixels = torch.randn(sum(max(1, count) for count in images), 3, image, image, generator=generator)
-    batch = {"input_ids": ids, "attention_mask": mask, "images": pixels}
+    given = sum(max(1, count) for count in images)
+    batch = {"input_ids": ids}
+    if padding_side != "none":
+        batch["attention_mask"] = mask
+    if anyres:
+        sizes = [SIZES[i % 3] for i in range(given)]
+        batch["images"] = [torch.randn(_crops(size, image), 3, image, image, generator=generator) for size in sizes]
+        batch["image_sizes"] = sizes
+    else:
+        batch["images"] = torch.randn(given, 3, image, image, generator=generator)
     if answers is not None:
         batch["labels"] = target
     return batch
+
+
+def _crops(size, image):
+    """Crops of an anyres picture: the whole one and its tiles."""
+    from llava.mm_utils import get_anyres_image_grid_shape
+
+    columns, rows = get_anyres_image_grid_shape(size, PINPOINTS, image)
+    return 1 + columns * rows
+
+
+def generate(model, inputs, arguments):
+    """LLaVA's `generate` on a batch."""
+    rest = {name: value for name, value in inputs.items() if name not in ("input_ids", "labels")}
+    return model.generate(inputs["input_ids"], **rest, **arguments)

@@ -39,7 +39,7 @@ def assert_masked_equals_hard(model, handle, inputs, dtype, label):
         assert (margin[others] <= MARGIN[dtype]).all(), (layer, margin[others].tolist())
         flipped |= others
     print(
-        f"{label} {dtype}: relative difference {difference:.1e}, {int(flipped.sum())} flipped, tokens {tokens.tolist()}"
+        f"{label} {dtype}: relative difference {difference:.1e}, {int(flipped.sum())} flips, tokens {tokens.tolist()}"
     )
     assert (tokens[:, -1] < tokens[:, 0]).any(), "nothing was pruned"
     assert difference < TOLERANCE[dtype]

@@ -1,22 +1,18 @@
-"""Pruners on Hugging Face models: coming and going, labels, caches, devices, pipelines, and what is refused."""
+"""Pruners on Hugging Face models: coming and going, what calls return, devices, pipelines, and what is refused."""
 
 import pytest
 import torch
-from tiny_hf import IMAGE_TOKEN, KINDS, batch_of, randomise_pruners, tiny
+from law import settings
+from tiny_hf import KINDS, batch_of, randomise_pruners, tiny
 
-from llava_prune import PruneConfig, attach_pruners, detach_pruners, last_report, load_pruners, prune_mode
+from llava_prune import attach_pruners, detach_pruners, last_report, load_pruners, prune_mode
 from llava_prune import save_pruners as save
 from llava_prune.patch import set_mode
 
 
-def config(**changes):
-    settings = {"pruning_layers": (1, 3, 4), "target_sparsity": 0.5, "pruner_dim": 16, "pruner_heads": 4}
-    return PruneConfig(**settings | changes)
-
-
 def pruned(model, mode="hard", **changes):
     torch.manual_seed(0)
-    handle = attach_pruners(model, config(**changes))
+    handle = attach_pruners(model, settings(**changes))
     randomise_pruners(handle)
     set_mode(model, mode)
     return handle
@@ -70,17 +66,20 @@ def test_vision_tokens_and_width_come_from_the_nested_configs():
 # ---- what a call computes
 
 
-def test_text_only_calls_cost_nothing():
+@pytest.mark.parametrize("mode", ["origin", "masked", "hard"])
+@torch.no_grad()
+def test_calls_without_an_image_cost_nothing_and_change_nothing(mode):
     model = tiny()
     batch = batch_of(model, [9, 12], [0, 0])
-    with torch.no_grad():
-        stock = model(**batch).logits
-        with pruned(model) as handle:
-            for layer in handle.pruners.layers.values():
-                layer.forward = None  # would fail if called
-            assert torch.equal(model(**batch).logits, stock) and handle.state.record is None
-            with pytest.raises(ValueError, match="last had no image"):
-                last_report(model)
+    stock, tokens = model(**batch).logits, model.generate(**batch, max_new_tokens=8, do_sample=False)
+    with pruned(model, mode) as handle:
+        for pruner in handle.pruners.layers.values():
+            pruner.forward = None  # would fail if called
+        assert torch.equal(model(**batch).logits, stock)
+        assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False), tokens)
+        assert handle.state.record is None and handle.state.announced is None
+        with pytest.raises(ValueError, match="last had no image"):
+            last_report(model)
 
 
 @pytest.mark.parametrize("mode", ["masked", "hard"])
@@ -106,6 +105,29 @@ def test_the_loss_is_the_same_in_masked_and_hard():
     assert abs(losses[0] - losses[2]) > 1e-3
 
 
+@torch.no_grad()
+def test_a_caption_that_is_supervised_right_after_the_image():
+    """Its first token is predicted from a vision token, which therefore stays."""
+    model = tiny()
+    batch = batch_of(model, [5, 9], [1, 1], answers=[3, 7])
+    randomise_pruners(attach_pruners(model, settings()), bias=-0.5)
+    losses = []
+    for mode in ("masked", "hard"):
+        with prune_mode(model, mode):
+            losses.append(model(**batch).loss)
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+    last = [[15 in kept[row] for row in (0, 1)] for kept in last_report(model).kept.values()]
+    assert last == [[True, True]] * 3
+
+
+def test_supervised_placeholders_are_refused_in_hard_mode():
+    model = tiny()
+    batch = batch_of(model, [9], [1])
+    batch["labels"] = batch["input_ids"].clone()
+    with pruned(model), pytest.raises(ValueError, match="labels supervise image placeholders"):
+        model(**batch)
+
+
 def test_answers_are_no_part_of_the_question():
     model = tiny()
     batch = batch_of(model, [12], [1], answers=[4])
@@ -119,17 +141,22 @@ def test_answers_are_no_part_of_the_question():
     assert all(torch.equal(kept[0][layer][0], kept[1][layer][0]) for layer in kept[0])
 
 
+@torch.no_grad()
 def test_hidden_states_have_the_rows_that_entered_each_layer():
-    model = tiny()
-    batch = batch_of(model, [9], [1])
-    with torch.no_grad(), pruned(model):
-        output = model(**batch, output_hidden_states=True)
+    model = tiny(attention="eager")
+    batch = batch_of(model, [9, 12], [1, 1])
+    length = batch["input_ids"].shape[1]  # the shorter sample is padded by 3, and padding stays
+    with pruned(model) as handle:
+        randomise_pruners(handle, bias=-1.0)
+        output = model(**batch, output_hidden_states=True, output_attentions=True)
         report = last_report(model)
-    length = batch["input_ids"].shape[1]
-    # the first entry is the embeddings, entry i what layer i - 1 returned; the last two have the full length again
-    rows = [length] + [length - 16 + int(tokens) for tokens in report.tokens_per_layer[0]]
-    assert [state.shape[1] for state in output.hidden_states] == rows[:-1] + [length]
-    assert output.hidden_states[-1].shape == (1, length, 32)
+    rows = [length if layer == 0 else int((report.tokens_per_layer[:, layer] + 12).max()) for layer in range(6)]
+    assert rows[0] > rows[1] > rows[3] > rows[4]
+    assert [state.shape for state in output.hidden_states[:-1]] == [(2, s, 32) for s in [length, *rows[:-1]]]
+    assert output.hidden_states[-1].shape == (2, length, 32) and output.logits.shape == (2, length, 64)
+    assert [weights.shape for weights in output.attentions] == [(2, 4, s, s) for s in rows]
+    dropped = torch.ones(16, dtype=torch.bool).index_fill(0, report.kept[4][1], False).nonzero().flatten() + 2
+    assert len(dropped) and not output.hidden_states[-1][1, dropped].any() and not output.logits[1, dropped].any()
 
 
 def test_kv_cache_shrinks_with_the_tokens():
@@ -140,45 +167,6 @@ def test_kv_cache_shrinks_with_the_tokens():
         tokens = last_report(model).tokens_per_layer[0]
     text = batch["input_ids"].shape[1] - 16
     assert [cache.get_seq_length(layer) for layer in range(6)] == [text + int(count) for count in tokens]
-
-
-# ---- caches across turns
-
-
-def test_a_second_turn_on_the_cache_is_the_same_in_masked_and_hard():
-    model = tiny()
-    first = batch_of(model, [12], [1])
-    answers = []
-    with pruned(model):
-        for mode in ("masked", "hard"):
-            with prune_mode(model, mode):
-                out = model.generate(**first, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-                ids = torch.cat([out.sequences, torch.tensor([[7, 8, 9, 10]])], -1)
-                follow = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                out = model.generate(**follow, past_key_values=out.past_key_values, max_new_tokens=12, do_sample=False)
-                answers.append(out)
-    assert torch.equal(*answers)
-
-
-@torch.no_grad()
-def test_a_cache_of_another_prompt_is_refused():
-    model = tiny()
-    with pruned(model):
-        cache = model(**batch_of(model, [12], [1]), use_cache=True).past_key_values
-        model(**batch_of(model, [15], [1]), use_cache=True)
-        with pytest.raises(ValueError, match="prefill the whole prompt again"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-
-
-@torch.no_grad()
-def test_a_new_image_on_a_cache_in_use_is_refused():
-    model = tiny()
-    batch = batch_of(model, [12], [1])
-    with pruned(model):
-        cache = model(**batch, use_cache=True).past_key_values
-        ids = torch.tensor([[5] + [IMAGE_TOKEN] * 16 + [6]])
-        with pytest.raises(ValueError, match="prefill the whole prompt again"):
-            model(input_ids=ids, pixel_values=batch["pixel_values"], past_key_values=cache)
 
 
 # ---- devices
@@ -240,6 +228,15 @@ def test_a_static_cache_is_refused(mode):
         model.generate(**batch_of(model, [9], [1]), max_new_tokens=3, cache_implementation="static")
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_assisted_decoding_is_refused(mode):
+    model = tiny()
+    batch = batch_of(model, [9], [1])
+    batch["input_ids"][0, -6:] = torch.tensor([7, 8, 7, 8, 7, 8])  # looked up, proposed, and rejected
+    with pruned(model, mode), pytest.raises(ValueError, match="cropped as assisted decoding does"):
+        model.generate(**batch, max_new_tokens=12, prompt_lookup_num_tokens=3, do_sample=False)
+
+
 def test_inputs_embeds_are_refused():
     model = tiny()
     with pruned(model), pytest.raises(ValueError, match="inputs_embeds do not say"):
@@ -248,13 +245,13 @@ def test_inputs_embeds_are_refused():
 
 def test_sliding_windows_are_refused():
     with pytest.raises(ValueError, match=r"sliding window attention \(window 8\)"):
-        attach_pruners(tiny("next-mistral", sliding_window=8), config())
+        attach_pruners(tiny("next-mistral", sliding_window=8), settings())
 
 
 def test_the_token_merger_is_refused():
     model = tiny()
     with pytest.raises(ValueError, match="Hugging Face processors fix the number of image placeholders"):
-        attach_pruners(model, config(enable_token_merger=True, merger_tokens=4))
+        attach_pruners(model, settings(enable_token_merger=True, merger_tokens=4))
     assert "forward" not in model.__dict__
 
 
@@ -265,12 +262,12 @@ def test_other_vision_language_models_are_refused():
     tower = CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     other = VipLlavaForConditionalGeneration(VipLlavaConfig(vision_config=tower, text_config=text_config()))
     with pytest.raises(ValueError, match="VipLlavaForConditionalGeneration .* is not supported"):
-        attach_pruners(other, config())
+        attach_pruners(other, settings())
 
 
 def test_other_backends_are_refused():
     with pytest.raises(ValueError, match="attention backend 'flex_attention' is not supported"):
-        attach_pruners(tiny(attention="flex_attention"), config())
+        attach_pruners(tiny(attention="flex_attention"), settings())
 
 
 def test_reentrant_checkpointing_is_refused_in_training():

@@ -1,6 +1,7 @@
 """Tiny random Hugging Face models and batches: real transformers classes, no download."""
 
 import torch
+from law import randomise_pruners  # noqa: F401 (tests take it from here)
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -161,11 +162,6 @@ def _tokens(model, size, crops):
     return sum(len(feature) for feature in features.pooler_output)
 
 
-def randomise_pruners(handle, seed=0, bias=0.3, scale=1.0):
-    """Give fresh pruners decisions of their own, so that each keeps some tokens and drops others."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for pruner in handle.pruners.layers.values():
-            weight = pruner.joint_logits.weight
-            weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-            pruner.joint_logits.bias.copy_(torch.tensor([0.0, bias]))
+def generate(model, inputs, arguments):
+    """The model's `generate` on a batch."""
+    return model.generate(**inputs, **arguments)

@@ -1,0 +1,116 @@
+"""A chat that goes on with the cache of its earlier turns: text may be added, anything else has to prefill again."""
+
+import pytest
+import torch
+from law import settings
+from tiny_hf import IMAGE_TOKEN, batch_of, randomise_pruners, tiny
+
+from llava_prune import attach_pruners, prune_mode
+from llava_prune.patch import find_handle
+
+REFUSED = "prefill the whole prompt again"
+
+
+def with_pruners(kind="llava"):
+    model = tiny(kind)
+    randomise_pruners(attach_pruners(model, settings()))
+    return model
+
+
+def prefill(model, lengths, images=(1,), mode="hard", seed=0):
+    """The prompt, and what a forward on it returned with its cache."""
+    inputs = batch_of(model, list(lengths), list(images), seed=seed)
+    with prune_mode(model, mode), torch.no_grad():
+        return inputs, model(**inputs, use_cache=True)
+
+
+@torch.no_grad()
+def go_on(model, cache, ids, mask=None, **more):
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
+
+
+@pytest.mark.parametrize("kind", ["llava", "next-mistral", "onevision"])
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@pytest.mark.parametrize(("lengths", "images"), [([9], [1]), ([9, 14, 6], [1, 2, 0])], ids=["one", "batch"])
+def test_text_added_to_a_cache_is_what_a_fresh_prefill_gives(kind, lengths, images, mode):
+    model = with_pruners(kind)
+    inputs, output = prefill(model, lengths, images, mode)
+    state = find_handle(model).state
+    kept = state.record.kept
+    added = torch.randint(3, 62, (len(lengths), 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(added)], 1)
+    logits, seen = [], inputs["input_ids"].shape[1]
+    for new in added.split([3, 1, 2], 1):
+        seen += new.shape[1]
+        output = go_on(model, output.past_key_values, new, mask[:, :seen])
+        logits.append(output.logits)
+
+    # labels end the question where the first turn ended, so that the pruners decide as they did
+    ids = torch.cat([inputs["input_ids"], added], 1)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), added], 1)
+    with prune_mode(model, "masked"), torch.no_grad():
+        fresh = model(**inputs | {"input_ids": ids, "attention_mask": mask, "labels": labels}).logits[:, -6:]
+    for layer in kept:
+        assert torch.equal(state.record.kept[layer], kept[layer])
+    torch.testing.assert_close(torch.cat(logits, 1), fresh, atol=1e-4, rtol=0)
+
+
+def test_a_second_turn_of_generate_is_the_same_in_masked_and_hard():
+    model = with_pruners()
+    first = batch_of(model, [12], [1])
+    answers = []
+    for mode in ("masked", "hard"):
+        with prune_mode(model, mode):
+            out = model.generate(**first, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+            ids = torch.cat([out.sequences, torch.tensor([[7, 8, 9, 10]])], -1)
+            follow = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            out = model.generate(**follow, past_key_values=out.past_key_values, max_new_tokens=12, do_sample=False)
+            answers.append(out)
+    assert torch.equal(*answers)
+
+
+def test_a_new_image_is_refused():
+    model = with_pruners()
+    inputs, output = prefill(model, [9])
+    ids = torch.tensor([[7] + [IMAGE_TOKEN] * 16 + [8]])
+    for mode in ("hard", "origin"):
+        with prune_mode(model, mode), pytest.raises(ValueError, match=REFUSED):
+            go_on(model, output.past_key_values, ids, pixel_values=inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_a_cache_of_another_prompt_is_refused(mode):
+    model = with_pruners()
+    _, output = prefill(model, [9], mode=mode)
+    prefill(model, [12], mode=mode)
+    with prune_mode(model, mode), pytest.raises(ValueError, match=REFUSED):
+        go_on(model, output.past_key_values, torch.tensor([[5]]))
+
+
+def test_a_cache_of_the_same_length_and_other_tokens_is_refused():
+    model = with_pruners()
+    _, output = prefill(model, [9])
+    _, other = prefill(model, [9], seed=1)
+    lengths = [[o.past_key_values.get_seq_length(layer) for layer in range(6)] for o in (output, other)]
+    assert lengths[0][0] == lengths[1][0] and lengths[0] != lengths[1]
+    with prune_mode(model, "hard"), pytest.raises(ValueError, match=REFUSED):
+        go_on(model, output.past_key_values, torch.tensor([[5]]))
+
+
+@pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])
+def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(images):
+    model = with_pruners()
+    _, output = prefill(model, [9])
+    prefill(model, [9], images, "origin")
+    with prune_mode(model, "hard"), pytest.raises(ValueError, match=REFUSED):
+        go_on(model, output.past_key_values, torch.tensor([[5]]))
+
+
+@torch.no_grad()
+def test_a_cache_of_an_unpruned_prompt_goes_on_unpruned():
+    model = with_pruners()
+    ids = torch.tensor([[1, 9, 7, 5, 6, 8]])
+    with prune_mode(model, "hard"):
+        output = go_on(model, None, ids[:, :4])
+        logits = go_on(model, output.past_key_values, ids[:, 4:]).logits
+    torch.testing.assert_close(logits, model(input_ids=ids).logits[:, 4:], atol=1e-5, rtol=0)

@@ -1,0 +1,138 @@
+"""What calls return in hard mode: losses, hidden states, caches; with offloaded layers; and without an image."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from law import settings
+from tiny import IMAGE_TOKEN, batch_of, generate, randomise_pruners, tiny_llava
+
+from llava_prune import attach_pruners, last_report, prune_mode
+
+VISION = 16
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+def pruned(model, **changes):
+    torch.manual_seed(0)
+    handle = attach_pruners(model, settings(**changes))
+    randomise_pruners(handle)
+    return handle
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@torch.no_grad()
+def test_the_loss_is_the_cross_entropy_of_the_text_logits(tower_folder, side):
+    model = tiny_llava(tower_folder, padding_side=side)
+    inputs = batch_of([9, 14, 7], [1, 2, 0], side, answers=[3, 4, 2])
+    with pruned(model):
+        outputs = {}
+        for mode in ("masked", "hard", "origin"):
+            with prune_mode(model, mode):
+                outputs[mode] = model(**inputs)
+    per_token = []
+    columns = (inputs[name] for name in ("input_ids", "labels", "attention_mask"))
+    for ids, labels, mask, logits in zip(*columns, outputs["hard"].logits, strict=True):
+        target = labels[mask].repeat_interleave(torch.where(ids[mask] == IMAGE_TOKEN, VISION, 1))
+        logits = logits[-len(target) :] if side == "left" else logits[: len(target)]
+        per_token.append(F.cross_entropy(logits[:-1], target[1:], reduction="none")[target[1:] != -100])
+    assert [len(losses) for losses in per_token] == [3, 4, 2]
+    torch.testing.assert_close(outputs["hard"].loss, torch.cat(per_token).mean())
+    torch.testing.assert_close(outputs["hard"].loss, outputs["masked"].loss, atol=1e-5, rtol=0)
+    assert abs(outputs["hard"].loss - outputs["origin"].loss) > 1e-3
+
+
+@torch.no_grad()
+def test_a_caption_that_is_supervised_right_after_the_image(llava):
+    """Its first token is predicted from a vision token, which therefore stays."""
+    inputs = batch_of([5, 9], [1, 1], answers=[3, 7])
+    randomise_pruners(attach_pruners(llava, settings()), bias=-0.5)
+    losses = []
+    for mode in ("masked", "hard"):
+        with prune_mode(llava, mode):
+            losses.append(llava(**inputs).loss)
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+    last = [[VISION - 1 in kept[row] for row in (0, 1)] for kept in last_report(llava).kept.values()]
+    assert last == [[True, True]] * 3
+
+
+# ---- hidden states, attentions, cache
+
+
+@torch.no_grad()
+def test_hidden_states_have_the_rows_that_entered_each_layer(tower_folder):
+    model = tiny_llava(tower_folder, attention="eager")
+    text = torch.tensor([9, 12])
+    inputs = batch_of(text.tolist(), [1, 1])
+    with pruned(model), prune_mode(model, "hard"):
+        output = model(**inputs, output_hidden_states=True, output_attentions=True)
+        report = last_report(model)
+    length = 12 + VISION  # the shorter sample is padded by 3, and padding stays
+    rows = [length if layer == 0 else int((report.tokens_per_layer[:, layer] + 12).max()) for layer in range(6)]
+    assert rows[0] > rows[1] > rows[3] > rows[4]
+    assert [state.shape for state in output.hidden_states[:-1]] == [(2, s, 32) for s in [length, *rows[:-1]]]
+    assert output.hidden_states[-1].shape == (2, length, 32) and output.logits.shape == (2, length, 64)
+    assert [weights.shape for weights in output.attentions] == [(2, 4, s, s) for s in rows]
+    dropped = torch.ones(VISION, dtype=torch.bool).index_fill(0, report.kept[4][1], False).nonzero().flatten() + 2
+    assert len(dropped) and not output.hidden_states[-1][1, dropped].any() and not output.logits[1, dropped].any()
+
+
+@torch.no_grad()
+def test_the_cache_shrinks_with_the_tokens(llava):
+    with pruned(llava), prune_mode(llava, "hard"):
+        cache = llava(**batch_of([9], [1]), use_cache=True).past_key_values
+        tokens = last_report(llava).tokens_per_layer[0]
+    lengths = [keys.shape[2] for keys, _ in cache]
+    assert lengths == (tokens + 9).tolist() and lengths[-1] < lengths[0]
+
+
+# ---- devices
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@torch.no_grad()
+def test_layers_spread_and_offloaded_by_accelerate(tower_folder, tmp_path, residual):
+    from accelerate import dispatch_model
+
+    model = tiny_llava(tower_folder)
+    inputs = batch_of([9, 12], [1, 2])
+    with pruned(model, use_attn_residual=residual), prune_mode(model, "hard"):
+        expected, answer = model(**inputs).logits, generate(model, inputs, GREEDY)
+    parts = ["embed_tokens", "norm", "vision_tower", "mm_projector", *(f"layers.{i}" for i in range(6))]
+    device_map = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
+    for layer in (3, 4, 5):  # weights on the meta device until their layer runs
+        device_map[f"model.layers.{layer}"] = "disk"
+    dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path)
+    assert model.model.layers[4].input_layernorm.weight.device.type == "meta"
+    dispatched = model.model.layers[4].forward
+    with pruned(model, use_attn_residual=residual) as handle:
+        assert {p.device.type for p in handle.pruners.parameters()} == {"cpu"}
+        for mode in ("masked", "hard"):
+            with prune_mode(model, mode):
+                logits = model(**inputs).logits
+                text = handle.state.record.layout.text
+                torch.testing.assert_close(logits[text], expected[text], atol=1e-4, rtol=0)
+                assert torch.equal(generate(model, inputs, GREEDY), answer)
+    assert model.model.layers[4].forward is dispatched
+
+
+# ---- no image
+
+
+@pytest.mark.parametrize("mode", ["origin", "masked", "hard"])
+@torch.no_grad()
+def test_calls_without_an_image_cost_nothing_and_change_nothing(llava, mode):
+    given = batch_of([9, 12], [0, 0])  # LLaVA's data loaders pass a picture for samples without any
+    text = {name: given[name] for name in ("input_ids", "attention_mask")}
+    stock = [(llava(**inputs).logits, generate(llava, inputs, GREEDY)) for inputs in (text, given)]
+    with pruned(llava) as handle, prune_mode(llava, mode):
+        for pruner in handle.pruners.layers.values():
+            pruner.forward = None  # would fail if called
+        for inputs, (logits, tokens) in zip((text, given), stock, strict=True):
+            assert torch.equal(llava(**inputs).logits, logits)
+            assert torch.equal(generate(llava, inputs, GREEDY), tokens)
+            assert handle.state.record is None and handle.state.announced is None
+        with pytest.raises(ValueError, match="no image"):
+            last_report(llava)
