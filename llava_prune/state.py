@@ -27,6 +27,8 @@ class ForwardRecord:
         logits: per pruning layer (B, N, 2), over the sample's vision tokens (soft and masked).
         masks: per pruning layer the cumulative mask, (B, N) fp32 (soft and masked).
         kept: per pruning layer (B, N) bool, tokens that layer and later ones see.
+        probabilities: per pruning layer (B, N) fp32 keep probability without a gradient, NaN where no token was left
+            to decide about: dropped by an earlier layer, or filler.
         rows: per pruning layer the rows still present (hard).
         attention_masks: per pruning layer the mask argument its decoder layers take in the running step.
         budgets: per pruning layer the tokens each sample keeps (selection topk).
@@ -41,6 +43,7 @@ class ForwardRecord:
     logits: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
+    probabilities: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)
     attention_masks: dict[int, Tensor | None] = field(default_factory=dict)
     budgets: list[tuple[int, ...]] | None = None
@@ -58,7 +61,8 @@ class ForwardRecord:
         if self.layout.valid.device == device:
             return
         self.layout = self.layout.to(device)
-        for table in (self.logits, self.masks, self.kept, self.rows, self.attention_masks):
+        tables = (self.logits, self.masks, self.kept, self.probabilities, self.rows, self.attention_masks)
+        for table in tables:
             for layer, value in table.items():
                 table[layer] = None if value is None else value.to(device)
 
