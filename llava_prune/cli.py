@@ -9,7 +9,7 @@ COMMANDS = {
     "convert": ("llava_prune.convert", "write a LLaVA checkpoint as a Hugging Face model"),
     "report": ("llava_prune.reporting.command", "tokens, FLOPs, cache, times and memory, origin beside hard"),
     "run": ("llava_prune.run", "run a LLaVA program with pruners or a baseline attached"),
-    "visualize": ("llava_prune.visualize", "draw kept tokens of answered questions over their pictures"),
+    "visualize": ("llava_prune.visualize.command", "draw what each pruning layer keeps of a picture"),
 }
 
 

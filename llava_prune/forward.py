@@ -148,6 +148,8 @@ class LayerForward:
         record.logits.setdefault(self.index, scores.logits)
         record.masks.setdefault(self.index, cumulative)
         record.kept.setdefault(self.index, keep)
+        if scores.logits is not None:
+            record.probabilities.setdefault(self.index, scores.value.detach().masked_fill(~past_kept, float("nan")))
 
         dtype = hidden.dtype
         if record.mode == "soft" or self.layer.training:
@@ -230,6 +232,8 @@ class LayerForward:
         selected = rows.select(~is_vision | _marked(vision_index, keep, is_vision.shape[1]))
         alive_index, _ = padded_index(past_kept, width=alive.shape[1])
         record.kept[self.index] = _marked(alive_index, keep, past_kept.shape[1])
+        if scores.logits is not None:
+            record.probabilities[self.index] = _placed(alive_index, scores.value, alive, past_kept.shape[1])
         if selected is None:
             record.rows[self.index] = rows
             call["hidden_states"] = hidden
@@ -280,3 +284,9 @@ def _marked(index: Tensor, flags: Tensor, width: int) -> Tensor:
     """(B, width) bool, True at the entries of `index` (B, K) whose flag is set; filler points at 0 with no flag."""
     counts = torch.zeros(len(index), width, dtype=torch.int32, device=index.device)
     return counts.scatter_add(1, index, flags.to(torch.int32)) > 0
+
+
+def _placed(index: Tensor, values: Tensor, valid: Tensor, width: int) -> Tensor:
+    """(B, width) with `values` (B, K) at `index` (B, K) where `valid`, NaN elsewhere, no gradient."""
+    full = values.new_full((len(values), width + 1), float("nan"))
+    return full.scatter(1, index.masked_fill(~valid, width), values.detach())[:, :width]

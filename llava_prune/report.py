@@ -22,6 +22,8 @@ class Report:
         text_tokens: (B,) long, text tokens of the prefill.
         question_tokens: (B,) long, those of them that the pruners read.
         vision_tokens: (B,) long, vision tokens before any pruning.
+        probabilities: pruning layer -> one fp32 tensor a sample, keep probability of each of its vision tokens, NaN
+            where an earlier layer had dropped it; empty in mode origin, as `kept` is.
     """
 
     tokens_per_layer: Tensor
@@ -30,12 +32,17 @@ class Report:
     text_tokens: Tensor
     question_tokens: Tensor
     vision_tokens: Tensor
+    probabilities: dict[int, list[Tensor]]
 
     def cpu(self) -> Report:
         """The same on the CPU."""
-        kept = {layer: [row.cpu() for row in rows] for layer, rows in self.kept.items()}
-        rest = {f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name != "kept"}
-        return Report(kept=kept, **rest)
+
+        def moved(value: Tensor | dict[int, list[Tensor]]) -> Tensor | dict[int, list[Tensor]]:
+            if isinstance(value, Tensor):
+                return value.cpu()
+            return {layer: [row.cpu() for row in rows] for layer, rows in value.items()}
+
+        return Report(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
 
 
 def last_report(model: nn.Module) -> Report:
@@ -49,6 +56,7 @@ def last_report(model: nn.Module) -> Report:
     if record is None:
         raise ValueError("no forward with an image has run since the pruners were attached, or the last had no image")
     tokens = record.tokens_per_layer(handle.num_layers)
+    counts = record.layout.vision_counts.tolist()
     return Report(
         tokens_per_layer=tokens,
         average_tokens=tokens.float().mean(-1),
@@ -56,6 +64,10 @@ def last_report(model: nn.Module) -> Report:
         text_tokens=record.layout.text.sum(-1),
         question_tokens=record.layout.question_valid.sum(-1),
         vision_tokens=record.vision_tokens,
+        probabilities={
+            layer: [row[:count] for row, count in zip(rows, counts, strict=True)]
+            for layer, rows in record.probabilities.items()
+        },
     )
 
 

@@ -28,6 +28,8 @@ class ForwardRecord:
         masks: per pruning layer the cumulative mask, (B, N) fp32 (soft and masked).
         kept: per pruning layer (B, N) bool, tokens that layer and later ones see; under 0, of the tokens there were
             before a baseline reduced them ahead of the decoder.
+        probabilities: per pruning layer (B, N) fp32 keep probability without a gradient, NaN where no token was left
+            to decide about: dropped by an earlier layer, or filler.
         rows: per pruning layer the rows still present (hard).
         attention_masks: per pruning layer the mask argument its decoder layers take in the running step.
         budgets: per sample the tokens that each pruning layer keeps, or None (selection threshold).
@@ -43,6 +45,7 @@ class ForwardRecord:
     logits: dict[int, Tensor | None] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
+    probabilities: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)
     attention_masks: dict[int, Tensor | None] = field(default_factory=dict)
     budgets: list[tuple[int, ...] | None] | None = None
@@ -71,7 +74,8 @@ class ForwardRecord:
         if self.layout.valid.device == device:
             return
         self.layout = self.layout.to(device)
-        for table in (self.logits, self.masks, self.kept, self.rows, self.attention_masks, self.notes):
+        decided = (self.logits, self.masks, self.kept, self.probabilities, self.rows)
+        for table in (*decided, self.attention_masks, self.notes):
             for key, value in table.items():
                 table[key] = None if value is None else value.to(device)
 

@@ -17,7 +17,8 @@ def test_wheel_has_its_data_and_imports_elsewhere(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "llava_prune").rglob("*.py")}
     assert sources <= set(names)
-    for data in ("presets/avg128.yaml", "testbed/base/model.safetensors", "testbed/base/vision_tower/config.json"):
+    data_files = ("presets/avg128.yaml", "visualize/page.html", "testbed/base/vision_tower/config.json")
+    for data in (*data_files, "testbed/base/model.safetensors"):
         assert f"llava_prune/{data}" in names
     assert not any(name.startswith(("tests", "scripts")) for name in names)
     assert wheel.stat().st_size < 12e6

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from tiny import randomise_pruners
 
 from llava_prune import PruneConfig, attach_pruners, save_pruners
 from llava_prune.cuda_to_cpu import CudaToCpu
-from llava_prune.visualize import Sample, draw_kept_tokens, kept_mask
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3, 5), target_token_num=41, pruner_dim=16, pruner_heads=4)
 
@@ -117,18 +115,6 @@ def test_cuda_and_half_become_cpu_and_float_only_within_the_block():
         assert x.to(dtype=torch.float16, device="cuda").dtype == torch.float32 and x.half().dtype == torch.float32
         assert x.to(torch.int64).dtype == torch.int64
     assert x.half().dtype == torch.float16
-
-
-def test_kept_tokens_are_drawn_where_they_are(tmp_path):
-    sample = Sample(Path("x.png"), "?", {}, 4, {1: [0, 3]})
-    assert kept_mask(sample, 1, 8, 8)[:4, :4].all() and not kept_mask(sample, 1, 8, 8)[:4, 4:].any()
-    # a wide picture was padded above and below: its upper half lies in the upper tokens
-    wide = kept_mask(sample, 1, 8, 4)
-    assert wide.shape == (4, 8) and wide[:2, :4].all() and wide[2:, 4:].all() and wide.sum() == 16
-    with pytest.raises(ValueError, match="one image"):
-        kept_mask(Sample(Path("x.png"), "?", {}, 5, {1: [0]}), 1, 8, 8)
-    with pytest.raises(ValueError, match="nothing to draw"):
-        draw_kept_tokens([], tmp_path / "x.png")
 
 
 def test_scripts_are_valid_shell():

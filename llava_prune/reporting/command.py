@@ -20,9 +20,9 @@ from ..baselines import METHODS, attach_baseline
 from ..checkpoint import load_pruners, read_description, write_atomically
 from ..config import PruneConfig
 from ..patch import PruneHandle, attach_pruners
+from ..stacks import STACKS, stack_of
 from .shapes import SHAPES
 
-STACKS = {"llava": "bash scripts/setup.sh", "hf": "bash scripts/setup.sh hf"}
 DTYPES = ("float32", "float16", "bfloat16")
 SEED = 0
 
@@ -95,22 +95,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
-def stack_of(args: argparse.Namespace) -> str:
-    """`llava` or `hf`, by the checkpoint's format; raises ValueError if that stack is not installed here."""
-    installed = "llava" if importlib.util.find_spec("llava") is not None else "hf"
-    stack = args.stack or installed
-    if args.model is not None:
-        path = args.model / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no {path}: --model takes a checkpoint folder")
-        stack = "hf" if "vision_config" in json.loads(path.read_text()) else "llava"
-        if args.stack not in (None, stack):
-            raise ValueError(f"{args.model} is a checkpoint of the {stack} stack: leave out --stack {args.stack}")
-    if stack != installed:
-        raise ValueError(f"the {stack} stack is not installed in this environment: {STACKS[stack]} makes one")
-    return stack
-
-
 def find_device(name: str | None) -> Any:
     """The `torch.device` of that name, by default the first GPU or else the CPU; raises ValueError."""
     import torch
@@ -175,7 +159,7 @@ def report_on(args: argparse.Namespace) -> dict[str, Any]:
         ValueError, FileNotFoundError: arguments, a checkpoint or a budget that can not be used.
     """
     check(args)
-    stack = stack_of(args)
+    stack = stack_of(args.model, args.stack)
     import torch
     import transformers
 

@@ -97,10 +97,11 @@ class LlavaInputs:
 
         if sample.question is None:
             return torch.tensor([compat.IMAGE_TOKEN_INDEX])
+        mark = IMAGE_MARK
         if getattr(self.model.config, "mm_use_im_start_end", False):
-            raise ValueError("questions of a model with mm_use_im_start_end are not supported: leave --question-file")
+            mark = f"<im_start>{IMAGE_MARK}<im_end>"
         conversation = self.conversation.copy()
-        conversation.append_message(conversation.roles[0], f"{IMAGE_MARK}\n{sample.question}")
+        conversation.append_message(conversation.roles[0], f"{mark}\n{sample.question}")
         conversation.append_message(conversation.roles[1], None)
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")
 

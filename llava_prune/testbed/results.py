@@ -103,7 +103,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 def draw(data: Path, out: Path) -> Path:
     """`kept_tokens.png`: one picture per question kind, both answers beside it."""
-    from ..visualize import Sample, draw_kept_tokens
+    from ..visualize import draw_kept_tokens, recorded_sample
 
     questions = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     answers = {
@@ -113,12 +113,11 @@ def draw(data: Path, out: Path) -> Path:
     report = read_sidecar(out / "hard.report.jsonl")
     first_of_kind = {question["category"]: i for i, question in reversed(list(enumerate(questions)))}
     samples = [
-        Sample(
-            picture=data / questions[i]["image"],
-            question=questions[i]["text"],
-            answers={mode: answers[mode][i] for mode in answers},
-            vision_tokens=report[i]["vision_tokens"],
-            kept={int(layer): kept for layer, kept in report[i]["kept"].items()},
+        recorded_sample(
+            report[i],
+            data / questions[i]["image"],
+            questions[i]["text"],
+            {mode: answers[mode][i] for mode in answers},
         )
         for i in sorted(first_of_kind.values())[:PICTURES]
     ]

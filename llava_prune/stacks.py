@@ -1,0 +1,34 @@
+"""Which code base a model belongs to: `llava` (transformers 4.37.2) or `hf` (transformers 5.x)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+STACKS = {"llava": "bash scripts/setup.sh", "hf": "bash scripts/setup.sh hf"}
+
+
+def stack_of(model: Path | None, wanted: str | None) -> str:
+    """`llava` or `hf`, by the checkpoint's format, or else as wanted, or else as installed.
+
+    Args:
+        model: a checkpoint folder, or None where there is none to look into.
+        wanted: what the user named, or None.
+
+    Raises:
+        FileNotFoundError: no `config.json` in `model`.
+        ValueError: the checkpoint is of the other stack than wanted, or its stack is not installed here.
+    """
+    installed = "llava" if importlib.util.find_spec("llava") is not None else "hf"
+    stack = wanted or installed
+    if model is not None:
+        path = model / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}: --model takes a checkpoint folder")
+        stack = "hf" if "vision_config" in json.loads(path.read_text()) else "llava"
+        if wanted not in (None, stack):
+            raise ValueError(f"{model} is a checkpoint of the {stack} stack: leave out --stack {wanted}")
+    if stack != installed:
+        raise ValueError(f"the {stack} stack is not installed in this environment: {STACKS[stack]} makes one")
+    return stack
