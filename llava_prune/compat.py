@@ -342,3 +342,17 @@ def as_model_with_adapters(model: nn.Module) -> Iterator[None]:
         for name in names:
             model.__dict__.pop(name, None)
         model.__dict__.update(before)
+
+
+def check_8bit_lora() -> None:
+    """Raises ValueError where LoRA can not adapt 8-bit layers: peft 0.9 copies a field that bitsandbytes dropped."""
+    import bitsandbytes
+    import peft
+    from peft.tuners.lora import bnb
+
+    field = "memory_efficient_backward"
+    if field in inspect.getsource(bnb) and not hasattr(bitsandbytes.MatmulLtState(), field):
+        raise ValueError(
+            f"peft {peft.__version__} can not put LoRA on 8-bit layers of bitsandbytes {bitsandbytes.__version__}: "
+            "use --bits 4, train without LoRA, or install another pair of the two"
+        )
