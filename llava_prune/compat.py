@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -348,10 +349,10 @@ def check_8bit_lora() -> None:
     """Raises ValueError where LoRA can not adapt 8-bit layers: peft 0.9 copies a field that bitsandbytes dropped."""
     import bitsandbytes
     import peft
-    from peft.tuners.lora import bnb
 
     field = "memory_efficient_backward"
-    if field in inspect.getsource(bnb) and not hasattr(bitsandbytes.MatmulLtState(), field):
+    source = Path(peft.__file__).with_name("tuners") / "lora" / "bnb.py"
+    if field in source.read_text() and not hasattr(bitsandbytes.MatmulLtState(), field):
         raise ValueError(
             f"peft {peft.__version__} can not put LoRA on 8-bit layers of bitsandbytes {bitsandbytes.__version__}: "
             "use --bits 4, train without LoRA, or install another pair of the two"

@@ -1,6 +1,5 @@
 """The host as this package found it: a change of a signature or a call style must be seen here first."""
 
-import importlib
 import inspect
 import sys
 from types import SimpleNamespace
@@ -110,7 +109,6 @@ def test_an_unsupported_layer_is_refused_with_what_to_install():
 def test_lora_on_8bit_layers_is_refused_where_peft_would_fail_on_them(monkeypatch, field):
     """bitsandbytes needs no GPU to be asked, but is not installed everywhere: a stand-in for its state."""
     stand_in = SimpleNamespace(MatmulLtState=lambda: SimpleNamespace(**{field: False}), __version__="0.0")
-    importlib.import_module("peft.tuners.lora.bnb")  # which would look for the whole package
     monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     if field == "another":
         with pytest.raises(ValueError, match="--bits 4"):
