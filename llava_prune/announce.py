@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .compat import IMAGE_TOKEN_INDEX
-from .layout import IGNORE_INDEX, TokenLayout
-from .merger import TokenMerger
+from .layout import IGNORE_INDEX, TokenLayout, question_of
+from .merger import TokenMerger, mean_question
 from .state import PruneState
 
 
@@ -69,12 +69,7 @@ def _question_vectors(
 ) -> Tensor:
     """(crops, D) mean embedding of the question that each image crop belongs to, before the image is inserted."""
     is_image = (input_ids == IMAGE_TOKEN_INDEX) & valid
-    question = valid & ~is_image & (is_image.cumsum(-1) > 0)
-    if labels is not None:
-        question = question & ((question & (labels != IGNORE_INDEX)).cumsum(-1) == 0)
-    embeddings = model.get_model().embed_tokens(input_ids.clamp(min=0))
-    weights = question.to(embeddings.dtype)[..., None]
-    mean = (embeddings * weights).sum(1) / weights.sum(1).clamp(min=1)
+    mean = mean_question(model.get_input_embeddings(), input_ids, question_of(valid, is_image, labels))
     # LLaVA takes one image for a sample without any, to keep the batch in step
     per_image = mean.repeat_interleave(is_image.sum(-1).clamp(min=1), 0)
     if isinstance(images, list) or images.ndim == 5:

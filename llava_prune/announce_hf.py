@@ -10,10 +10,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .compat import bind_arguments
-from .layout import IGNORE_INDEX, TokenLayout
+from .layout import IGNORE_INDEX, TokenLayout, question_of
+from .merger import mean_question
 from .state import PruneState
 
 
@@ -42,6 +44,19 @@ def announcing_forward(
         return original(*args, **kwargs)
 
     return forward
+
+
+def announcing_questions(model: nn.Module, state: PruneState, tokens: int) -> Callable[[dict[str, Any]], None]:
+    """Tells the token merger the question of each image, from inputs with `tokens` placeholders an image."""
+
+    def announce(call: dict[str, Any]) -> None:
+        ids, mask = call["input_ids"], call.get("attention_mask")
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        is_image = (ids == model.config.image_token_id) & valid
+        means = mean_question(model.get_input_embeddings(), ids, question_of(valid, is_image, call.get("labels")))
+        state.merger_questions = means.repeat_interleave(is_image.sum(-1) // tokens, 0)
+
+    return announce
 
 
 def _layout(

@@ -208,6 +208,36 @@ def vision_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return inner.vision_tower, inner.multi_modal_projector
 
 
+def tower_tokens(model: nn.Module) -> int | None:
+    """Features that the vision tower makes of one image or crop, None where that depends on it."""
+    llava = find_llava(model)
+    return _vision_tokens_per_hf_image(model) if llava is None else int(llava.get_vision_tower().num_patches)
+
+
+def merged_width(model: nn.Module) -> int:
+    """Width of the vision features that a token merger works on.
+
+    Raises:
+        ValueError: the model arranges the features of an image on a grid, which merged ones have not.
+    """
+    llava = find_llava(model)
+    if llava is not None and str(getattr(llava.config, "mm_patch_merge_type", "flat")).startswith("spatial"):
+        raise ValueError(
+            "enable_token_merger leaves no grid for mm_patch_merge_type 'spatial': set enable_token_merger to false, "
+            "or use a model with mm_patch_merge_type 'flat'"
+        )
+    if llava is not None:
+        return llava.config.mm_hidden_size
+    if _vision_tokens_per_hf_image(model) is None:
+        raise ValueError(
+            "enable_token_merger needs a LLaVA model with a fixed number of vision tokens an image (LLaVA-1.5): set "
+            "enable_token_merger to false for models of any resolution"
+        )
+    layers = find_hf_llava(model).config.vision_feature_layer
+    width = find_hf_llava(model).config.vision_config.hidden_size
+    return width * (len(layers) if isinstance(layers, list | tuple) else 1)
+
+
 def rotary_tables(attention: nn.Module, call: dict[str, Any], like: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin, (1 or B, T, head_dim), of the positions of a layer call's hidden states."""
     if call.get("position_embeddings") is not None:

@@ -42,6 +42,14 @@ def replace_rows(values: Tensor, index: Tensor, valid: Tensor, rows: Tensor) -> 
     return padded.scatter(1, target, rows.to(values.dtype))[:, :length]
 
 
+def question_of(valid: Tensor, vision: Tensor, labels: Tensor | None) -> Tensor:
+    """(B, T) bool, text after the first vision token and before the first supervised one."""
+    question = valid & ~vision & (vision.cumsum(-1) > 0)
+    if labels is None:
+        return question
+    return question & ((question & (labels != IGNORE_INDEX)).cumsum(-1) == 0)
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Token kinds of one batch of T positions.
@@ -78,10 +86,7 @@ class TokenLayout:
     @classmethod
     def build(cls, valid: Tensor, vision: Tensor, num_images: Tensor, labels: Tensor | None = None) -> TokenLayout:
         """From (B, T) masks and, in training, (B, T) labels with IGNORE_INDEX where nothing is supervised."""
-        text_after = valid & ~vision & (vision.cumsum(-1) > 0)
-        question = text_after
-        if labels is not None:
-            question = text_after & ((text_after & (labels != IGNORE_INDEX)).cumsum(-1) == 0)
+        question = question_of(valid, vision, labels)
         read = valid & (valid.flip(-1).cumsum(-1).flip(-1) == 1)
         if labels is not None:
             read[:, :-1] |= (valid & ~vision & (labels != IGNORE_INDEX))[:, 1:]

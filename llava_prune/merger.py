@@ -19,6 +19,13 @@ def pool_tokens(features: Tensor, count: int) -> Tensor:
     return F.adaptive_avg_pool1d(channels_first, count).transpose(1, 2)
 
 
+def mean_question(embeddings: nn.Module, ids: Tensor, question: Tensor) -> Tensor:
+    """Mean embedding of each sample's question, zero without one: (B, T) ids and bool -> (B, D)."""
+    embedded = embeddings(ids.masked_fill(~question, 0))
+    weights = question.to(embedded.dtype)[..., None]
+    return (embedded * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
 class TokenMerger(nn.Module):
     """M learnable queries, scaled and shifted by the mean question embedding, cross-attend the vision features.
 

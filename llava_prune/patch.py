@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from . import compat
 from .announce import announcing_prepare, merging_hook
-from .announce_hf import announcing_forward
+from .announce_hf import announcing_forward, announcing_questions
 from .budget import layer_counts
 from .config import PruneConfig
 from .forward import LayerForward
 from .merger import TokenMerger
+from .placeholders import Shrinking, shrinking_forward, shrinking_generate
 from .pruner import LayerPruner
 from .scoring import PrunerScorer, Scorer
 from .state import MODES, ForwardRecord, PruneState
@@ -102,20 +103,9 @@ class PruneHandle:
     def _build_merger(self) -> TokenMerger | None:
         if not self.config.enable_token_merger:
             return None
-        llava = compat.find_llava(self.model)
-        if llava is None:
-            raise ValueError(
-                "enable_token_merger needs a LLaVA model of the haotian-liu code base: Hugging Face processors fix "
-                "the number of image placeholders in input_ids before the model sees them. Set enable_token_merger to "
-                "false, or use the llava stack"
-            )
-        if str(getattr(llava.config, "mm_patch_merge_type", "flat")).startswith("spatial"):
-            raise ValueError(
-                "enable_token_merger leaves no grid for mm_patch_merge_type 'spatial': set enable_token_merger to "
-                "false, or use a model with mm_patch_merge_type 'flat'"
-            )
-        like = next(llava.get_model().mm_projector.parameters())
-        return TokenMerger(llava.config.mm_hidden_size, self.hidden_size, self.config).to(like.device, like.dtype)
+        width = compat.merged_width(self.model)
+        like = next(compat.vision_modules(self.model)[1].parameters())
+        return TokenMerger(width, self.hidden_size, self.config).to(like.device, like.dtype)
 
     # ---- binding
 
@@ -140,13 +130,20 @@ class PruneHandle:
             prepare = llava.prepare_inputs_labels_for_multimodal
             announcing = announcing_prepare(prepare, llava, self.state, self.pruners.merger)
             self._bind(llava, "prepare_inputs_labels_for_multimodal", announcing)
-            if self.pruners.merger is not None:
-                projector = llava.get_model().mm_projector
-                self._hooks.append(projector.register_forward_pre_hook(merging_hook(self.state, self.pruners.merger)))
-            return
-        hf = compat.find_hf_llava(self.model)
+        hf = compat.find_hf_llava(self.model) if llava is None else None
         if hf is not None:
             self._bind(hf, "forward", announcing_forward(hf.forward, hf, self.state, self.vision_tokens))
+        if self.pruners.merger is not None:
+            projector = compat.vision_modules(self.model)[1]
+            self._hooks.append(projector.register_forward_pre_hook(merging_hook(self.state, self.pruners.merger)))
+            if hf is not None:
+                before, after = compat.vision_tokens_per_image(self.model), self.vision_tokens
+                questions = announcing_questions(hf, self.state, after)
+                self._bind_shrinking(hf, Shrinking(hf, self.state, before, after, questions))
+
+    def _bind_shrinking(self, hf: nn.Module, shrinking: Shrinking) -> None:
+        self._bind(hf, "forward", shrinking_forward(hf.forward, shrinking))
+        self._bind(hf, "generate", shrinking_generate(hf.generate, shrinking))
 
     def _extend_rotary(self, rotary: nn.Module | None) -> None:
         """4.37 cuts the table to the layer's own, short length while kept tokens have their original positions."""

@@ -99,8 +99,7 @@ def module_flops(handle: PruneHandle, report: Report) -> dict[str, Tensor]:
     }
     merger = handle.pruners.merger
     if merger is not None:
-        tower = compat.find_llava(handle.model).get_vision_tower()
         crops = report.vision_tokens // handle.config.merger_tokens
-        widths = (tower.hidden_size, merger.modulation.in_features)
-        flops["token_merger"] = merger_flops(handle.config, *widths, tower.num_patches, crops)
+        widths = (compat.merged_width(handle.model), merger.modulation.in_features)
+        flops["token_merger"] = merger_flops(handle.config, *widths, compat.tower_tokens(handle.model), crops)
     return flops

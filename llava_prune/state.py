@@ -106,4 +106,4 @@ class PruneState:
     record: ForwardRecord | None = None
     stock_features: dict[int, Tensor] | None = None
     reduction: Any = None  # of the images just encoded, by a baseline
-    inside_generate: bool = False  # of a Hugging Face model whose inputs a baseline has shrunk
+    inside_generate: bool = False  # of a Hugging Face model whose inputs were shrunk

@@ -9,9 +9,9 @@ from torch import nn
 from .. import compat
 from ..config import PruneConfig
 from ..patch import PruneHandle, Pruners
+from ..placeholders import Shrinking
 from .decoder import DecoderBaseline
 from .features import FeatureBaseline
-from .placeholders import shrinking_forward, shrinking_generate
 
 
 class BaselineHandle(PruneHandle):
@@ -50,8 +50,7 @@ class BaselineHandle(PruneHandle):
         self._hooks += self.method.hooks(self)
         hf = compat.find_hf_llava(self.model) if compat.find_llava(self.model) is None else None
         if hf is not None and isinstance(self.method, FeatureBaseline):
-            self._bind(hf, "forward", shrinking_forward(hf.forward, hf, self.state, self.method))
-            self._bind(hf, "generate", shrinking_generate(hf.generate, hf, self.state, self.method))
+            self._bind_shrinking(hf, Shrinking(hf, self.state, self.method.tokens, self.method.keep))
 
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         state = self.state

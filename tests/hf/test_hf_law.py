@@ -9,18 +9,24 @@ from tiny_hf import IMAGE_TOKEN, KINDS, batch_of, generate, randomise_pruners, t
 
 from llava_prune import attach_pruners, last_report, prune_mode
 
-MATRIX = {"kind": KINDS, **FACTORS}
+MATRIX = {"kind": KINDS, "merger": (False, True), **FACTORS}
 
 
-@matrix(MATRIX)
-def test_the_law(kind, attention, batch, padding, images, lora, residual):
+def mergeable(kind, merger, *_):
+    """The merger needs a fixed number of vision tokens an image."""
+    return not merger or kind.startswith("llava")
+
+
+@matrix(MATRIX, mergeable)
+def test_the_law(kind, merger, attention, batch, padding, images, lora, residual):
     model = with_lora(tiny(kind, attention), lora)
     inputs = batch_of(model, *texts_and_images(batch, images), padding)
-    assert_the_law(model, settings(use_attn_residual=residual), inputs, generate, images != "0")
+    config = settings(use_attn_residual=residual, enable_token_merger=merger, merger_tokens=9, merger_heads=4)
+    assert_the_law(model, config, inputs, generate, images != "0")
 
 
 def test_the_design_covers_every_pair_of_levels():
-    cases = list(product(*MATRIX.values()))
+    cases = [case for case in product(*MATRIX.values()) if mergeable(*case)]
     few = covering(cases)
     assert set().union(*map(pairs, few)) == set().union(*map(pairs, cases)) and len(few) < len(cases) / 50
 

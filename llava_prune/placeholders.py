@@ -1,6 +1,7 @@
 """Fewer placeholders for fewer features: Hugging Face's `input_ids` hold one for each vision token.
 
-The outer model's `forward` and `generate` are bound; both take the processor's inputs as they are.
+The outer model's `forward` and `generate` are bound; both take the processor's inputs as they are. What makes the
+features fewer, a token merger or a baseline, is a hook on the projector.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import bind_arguments
-from ..layout import IGNORE_INDEX
-from ..state import PruneState
-from .features import FeatureBaseline
+from .compat import bind_arguments
+from .layout import IGNORE_INDEX
+from .state import PruneState
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,36 @@ class Shrunk:
         return shrunk
 
 
-def _shrink(call: dict[str, Any], model: nn.Module, state: PruneState, method: FeatureBaseline) -> Shrunk | None:
-    ids, image_token = call.get("input_ids"), model.config.image_token_id
-    if state.mode == "origin" or method.keep == method.tokens or call.get("pixel_values") is None or ids is None:
-        return None
-    return Shrunk.of(ids, image_token, method.tokens, method.keep)
+@dataclass(frozen=True)
+class Shrinking:
+    """When and by how much the inputs of a model shrink.
+
+    Attributes:
+        model: the outer model.
+        state: tells the mode.
+        tokens, keep: features of an image before and after.
+        announce: is shown the shrunk inputs before images are encoded, or None.
+    """
+
+    model: nn.Module
+    state: PruneState
+    tokens: int
+    keep: int
+    announce: Callable[[dict[str, Any]], None] | None = None
+
+    def __call__(self, call: dict[str, Any]) -> tuple[Shrunk, dict[str, Any]] | None:
+        """The batch and the inputs with fewer placeholders, or None where nothing shrinks."""
+        ids = call.get("input_ids")
+        if self.state.mode == "origin" or self.keep == self.tokens or call.get("pixel_values") is None or ids is None:
+            return None
+        shrunk = Shrunk.of(ids, self.model.config.image_token_id, self.tokens, self.keep)
+        inputs = shrunk.apply(call)
+        if self.announce is not None:
+            self.announce(inputs)
+        return shrunk, inputs
 
 
-def shrinking_forward(original: Callable, model: nn.Module, state: PruneState, method: FeatureBaseline) -> Callable:
+def shrinking_forward(original: Callable, shrinking: Shrinking) -> Callable:
     """The model's `forward`; logits have the length they were asked for, zero at placeholders that are gone.
 
     The key-value cache it returns holds the shorter sequence: go on with `generate`.
@@ -76,10 +98,11 @@ def shrinking_forward(original: Callable, model: nn.Module, state: PruneState, m
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         call = bind(args, kwargs)
-        shrunk = None if state.inside_generate else _shrink(call, model, state, method)
-        if shrunk is None:
+        smaller = None if shrinking.state.inside_generate else shrinking(call)
+        if smaller is None:
             return original(*args, **kwargs)
-        output = original(**shrunk.apply(call))
+        shrunk, inputs = smaller
+        output = original(**inputs)
         if output.logits.shape[1] == shrunk.index.shape[1]:
             full = output.logits.new_zeros(*call["input_ids"].shape, output.logits.shape[-1])
             index = shrunk.index[..., None].expand_as(output.logits)
@@ -89,7 +112,7 @@ def shrinking_forward(original: Callable, model: nn.Module, state: PruneState, m
     return forward
 
 
-def shrinking_generate(original: Callable, model: nn.Module, state: PruneState, method: FeatureBaseline) -> Callable:
+def shrinking_generate(original: Callable, shrinking: Shrinking) -> Callable:
     """The model's `generate`, whose output starts with the prompt as it was given."""
 
     bind = bind_arguments(original)
@@ -99,17 +122,18 @@ def shrinking_generate(original: Callable, model: nn.Module, state: PruneState, 
         call = bind(args, kwargs)
         if call.get("inputs") is not None:
             call["input_ids"] = call.pop("inputs")
-        shrunk = _shrink(call, model, state, method)
-        if shrunk is None:
+        smaller = shrinking(call)
+        if smaller is None:
             return original(*args, **kwargs)
+        shrunk, inputs = smaller
         for name in ("max_length", "min_length"):  # they count the prompt
-            if call.get(name) is not None:
-                call[name] -= call["input_ids"].shape[1] - shrunk.index.shape[1]
-        state.inside_generate = True
+            if inputs.get(name) is not None:
+                inputs[name] -= call["input_ids"].shape[1] - shrunk.index.shape[1]
+        shrinking.state.inside_generate = True
         try:
-            output = original(**shrunk.apply(call))
+            output = original(**inputs)
         finally:
-            state.inside_generate = False
+            shrinking.state.inside_generate = False
         plain = isinstance(output, Tensor)
         sequences = output if plain else output.sequences
         ids = call["input_ids"]
