@@ -91,7 +91,31 @@ def build(folder):
             ]
             assert min(margins) > 1e-5, margins
         cases.append(entry)
+    handle.remove()
+    attach_merged(model)
+    for entry, case in zip(cases, CONVERSATIONS, strict=True):
+        if case["pictures"]:
+            inputs = torch.tensor([entry["ids"]])
+            with prune_mode(model, "hard"):
+                answer = model.generate(
+                    inputs, images=pixels[case["pictures"]], do_sample=False, max_new_tokens=NEW_TOKENS
+                )
+            kept = {layer: rows[0].tolist() for layer, rows in last_report(model).kept.items()}
+            entry["merged"] = {"kept": kept, "answer": answer[0].tolist()}
     return cases, tensors
+
+
+def attach_merged(model):
+    """Random pruners with a token merger, the same on both stacks."""
+    from law import randomise_pruners
+
+    from llava_prune import PruneConfig, attach_pruners
+
+    settings = {"pruning_layers": (2, 4, 6), "target_sparsity": 0.5, "pruner_dim": 16, "pruner_heads": 4}
+    torch.manual_seed(3)
+    handle = attach_pruners(model, PruneConfig(**settings, enable_token_merger=True, merger_tokens=36))
+    randomise_pruners(handle)
+    return handle
 
 
 def draw_pruners(folder):

@@ -7,7 +7,7 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import BASE, CONVERSATIONS, FOLDER, NEW_TOKENS, pictures
+from reference import BASE, CONVERSATIONS, FOLDER, NEW_TOKENS, attach_merged, pictures
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -81,6 +81,22 @@ def test_pruners_of_the_llava_stack_keep_the_same_tokens_and_give_the_same_answe
                 torch.testing.assert_close(logits[row], TENSORS[f"logits_{number}"], atol=1e-4, rtol=0)
                 answer = answers[row, inputs["input_ids"].shape[1] :].tolist()
                 wanted = [token for token in expected["answer"] if token != 1]  # LLaVA's output has a first <s>
+                assert answer[: len(wanted)] == wanted, number
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_token_merger_makes_the_same_tokens_on_both_stacks(model, processor, batched):
+    numbers = [i for i, case in enumerate(CONVERSATIONS) if case["pictures"]]
+    with attach_merged(model), prune_mode(model, "hard"):
+        for group in [numbers] if batched else [[i] for i in numbers]:
+            inputs = inputs_of(processor, [CONVERSATIONS[i] for i in group], padding=True)
+            answers = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+            kept = last_report(model).kept
+            for row, number in enumerate(group):
+                expected = REFERENCE[number]["merged"]
+                assert {str(layer): rows[row].tolist() for layer, rows in kept.items()} == expected["kept"], number
+                answer = answers[row, inputs["input_ids"].shape[1] :].tolist()
+                wanted = [token for token in expected["answer"] if token != 1]
                 assert answer[: len(wanted)] == wanted, number
 
 
