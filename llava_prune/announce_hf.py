@@ -52,7 +52,7 @@ def announcing_questions(model: nn.Module, state: PruneState, tokens: int) -> Ca
     def announce(call: dict[str, Any]) -> None:
         ids, mask = call["input_ids"], call.get("attention_mask")
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        is_image = (ids == model.config.image_token_id) & valid
+        is_image = ids == model.config.image_token_id  # also a masked one, which is encoded like the others
         means = mean_question(model.get_input_embeddings(), ids, question_of(valid, is_image, call.get("labels")))
         state.merger_questions = means.repeat_interleave(is_image.sum(-1) // tokens, 0)
 

@@ -74,11 +74,6 @@ def make_trainer(argv: list[str] | None = None) -> Any:
     model_args, data_args, args = parser.parse_args_into_dataclasses(argv)
     layers = AutoConfig.from_pretrained(model_args.model_name_or_path).get_text_config().num_hidden_layers
     args.prune.check_layers(layers)
-    if args.prune.enable_token_merger:
-        raise ValueError(
-            "the token merger trains on the llava stack (a rank whose batch has no image would leave it out); what is "
-            "trained there loads here too. Set enable_token_merger to false"
-        )
     if args.prune.alignment in ("gan", "mse", "mean_var"):
         args.prune.disc_layer_indices(layers)
     if args.process_index == 0:

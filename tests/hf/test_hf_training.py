@@ -172,6 +172,18 @@ def test_ranks_without_pictures_do_not_hang_zero3(bed, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("alignment", ["gan", "kl"])
+def test_the_token_merger_trains_with_the_layer_pruners(bed, tmp_path, alignment):
+    merger = {"prune_enable_token_merger": True, "prune_merger_tokens": 36, "prune_target_token_num": 18}
+    steps = {"steps": 3, "data": "mixed.json", "per_device_train_batch_size": 1, "prune_pruner_lr": 1e-3}
+    run(bed, tmp_path / "one", stage=3, prune_alignment=alignment, **merger, **steps)
+    run(bed, tmp_path / "none", stage=None, **merger, **{**steps, "prune_pruner_lr": 1e-12})
+    moved, start = (load_file(tmp_path / name / "pruners.safetensors") for name in ("one", "none"))
+    names = [name for name in start if name.startswith("merger.")]
+    assert names and all((moved[name] - start[name]).abs().max() > 1e-5 for name in names if "key.bias" not in name)
+
+
+@pytest.mark.distributed
 def test_a_resumed_run_ends_where_an_unbroken_one_does(bed, tmp_path):
     run(bed, tmp_path / "whole", steps=4, save_strategy="steps", save_steps=2)
     run(bed, tmp_path / "broken", steps=4, save_strategy="steps", save_steps=2)
