@@ -154,8 +154,8 @@ class PruneTrainerMixin:
             head = self.model.get_output_embeddings()
             with torch.no_grad():
                 real_logits = head(self.prune_handle.decoder.norm(real[-1]))
-            # with a merger, Hugging Face's classes hand logits back at the length of input_ids
-            place = index if outputs.logits.shape[1] == record.layout.valid.shape[1] else real_index
+            # with a merger, Hugging Face's classes still hand logits back at the places of input_ids
+            place = index if compat.find_llava(self.model) is not None else real_index
             return kl_loss(gather_rows(outputs.logits, place), real_logits, mask)
         weights = (record.layout.vision_counts > 0).float()
         self._features = (real, [x.detach() for x in fake], mask, weights)
