@@ -26,7 +26,7 @@ def start(script, folder, *settings):
 
 
 def finish(process, status=0):
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == status, output[-4000:]
     return output
 
