@@ -33,18 +33,19 @@ class KeptTokens:
     Args:
         model: a LLaVA model without pruners.
         arguments: as `take_arguments` returns them.
+        rank: of this process; each but the first has a report of its own, `FILE.rank1` and so on.
 
     Raises:
         ValueError, FileNotFoundError: as `attach_method`.
     """
 
-    def __init__(self, model: nn.Module, arguments: dict[str, Any]):
+    def __init__(self, model: nn.Module, arguments: dict[str, Any], rank: int = 0):
         report = arguments["report"]
         given = {name: value for name, value in arguments.items() if name != "report"}
         self.model = model
         self.state: PruneState = attach_method(model, **given).state
         if report:
-            Sidecar(model, report)
+            Sidecar(model, f"{report}.rank{rank}" if rank else report)
         self.average_tokens: list[float] = []
         self.vision_tokens: list[int] = []
         self._generate = model.generate

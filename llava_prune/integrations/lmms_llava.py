@@ -26,7 +26,7 @@ class LlavaPrune(Llava):
     def __init__(self, pretrained: str = "liuhaotian/llava-v1.5-7b", **keywords: Any):
         ours = take_arguments(keywords)
         super().__init__(pretrained=pretrained, **keywords)
-        self.kept = KeptTokens(self.model, ours)
+        self.kept = KeptTokens(self.model, ours, self.rank)
 
     def generate_until(self, requests: list) -> list[str]:
         """Answers in the order of the requests; then says how many tokens were kept."""

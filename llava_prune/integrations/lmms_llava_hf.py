@@ -73,7 +73,7 @@ class LlavaPruneHf(lmms):
         self.processor = AutoProcessor.from_pretrained(pretrained)
         self.processor.tokenizer.padding_side = "left"
         self.template = CHAT_TEMPLATE if conv_template else None
-        self.kept = KeptTokens(self.model, ours)
+        self.kept = KeptTokens(self.model, ours, self.rank)
 
     def generate_until(self, requests: list) -> list[str]:
         """Answers in the order of the requests; then says how many tokens were kept."""
