@@ -76,6 +76,11 @@ need() {
     [ -e "$1" ] || MISSING+=("$1: $2")
 }
 
+# need_packages NAME...: Python packages that LLaVA's own requirements do not bring
+need_packages() {
+    python -c "import $(IFS=,; echo "$*")" || { echo "$BENCHMARK needs: pip install $*" >&2; exit 1; }
+}
+
 # stop here, with status 3, if anything that was needed is not there
 have_all() {
     [ ${#MISSING[@]} = 0 ] && return

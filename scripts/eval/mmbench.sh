@@ -1,5 +1,5 @@
 #!/bin/bash
-# MMBench: a file for the server, https://mmbench.opencompass.org.cn; needs pandas and openpyxl
+# MMBench: a file for the server, https://mmbench.opencompass.org.cn
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SPLIT="mmbench_dev_20230712"
@@ -7,6 +7,7 @@ SPLIT="mmbench_dev_20230712"
 begin mmbench
 need "$EVAL/mmbench/$SPLIT.tsv" "https://download.openmmlab.com/mmclassification/datasets/mmbench/$SPLIT.tsv"
 have_all
+need_packages pandas openpyxl
 
 answer llava.eval.model_vqa_mmbench \
     --question-file "$EVAL/mmbench/$SPLIT.tsv" \

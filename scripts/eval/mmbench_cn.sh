@@ -1,5 +1,5 @@
 #!/bin/bash
-# MMBench in Chinese: a file for the server, https://mmbench.opencompass.org.cn; needs pandas and openpyxl
+# MMBench in Chinese: a file for the server, https://mmbench.opencompass.org.cn
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 SPLIT="mmbench_dev_cn_20231003"
@@ -7,6 +7,7 @@ SPLIT="mmbench_dev_cn_20231003"
 begin mmbench_cn
 need "$EVAL/mmbench_cn/$SPLIT.tsv" "https://download.openmmlab.com/mmclassification/datasets/mmbench/$SPLIT.tsv"
 have_all
+need_packages pandas openpyxl
 
 answer llava.eval.model_vqa_mmbench \
     --question-file "$EVAL/mmbench_cn/$SPLIT.tsv" \
