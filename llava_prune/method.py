@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from .baselines import BaselineHandle, attach_baseline
 from .checkpoint import load_pruners
 from .config import PruneConfig
-from .patch import PruneHandle, attach_pruners, set_mode
+from .patch import PruneHandle, attach_pruners
 
 # origin needs no pruners; these count tokens and decide nothing
 OBSERVER = PruneConfig(pruning_layers=(1,), target_sparsity=0.1, pruner_dim=8, pruner_heads=1)
@@ -34,7 +35,7 @@ def attach_method(
     baseline: str | None = None,
     average_tokens: float | None = None,
     allow_other_base: bool = False,
-) -> PruneHandle:
+) -> PruneHandle | BaselineHandle:
     """Attach what was asked for and set the mode; `last_report` and `Sidecar` work in every case.
 
     Args:
@@ -53,10 +54,5 @@ def attach_method(
     if pruners:
         return load_pruners(model, pruners, mode, allow_other_base, average_tokens)
     if baseline:
-        from .baselines import attach_baseline
-
-        handle = attach_baseline(model, baseline, average_tokens=average_tokens)
-    else:
-        handle = attach_pruners(model, OBSERVER)
-    set_mode(model, mode)
-    return handle
+        return attach_baseline(model, baseline, average_tokens, mode)
+    return attach_pruners(model, OBSERVER)  # in mode origin

@@ -50,13 +50,12 @@ def played(testbed, tmp_path_factory):
     return folder
 
 
-def results_of(folder, run=CKPT):
-    data = folder / "playground/data/eval"
+def results_of(data, run=CKPT):
     return {path.stem: json.loads(path.read_text()) for path in (data / "results" / run).glob("*.json")}
 
 
 def test_every_benchmark_has_its_answers_in_llavas_format_and_a_sidecar(played):
-    results = results_of(played)
+    results = results_of(played / "playground/data/eval")
     assert sorted(results) == sorted(NAMES)
     for name, result in results.items():
         answers = read_lines(played / result["answers"])
@@ -76,7 +75,7 @@ def test_every_benchmark_has_its_answers_in_llavas_format_and_a_sidecar(played):
 
 
 def test_what_is_scored_here_and_what_is_a_file_for_a_server(played):
-    results = results_of(played)
+    results = results_of(played / "playground/data/eval")
     scored = {name for name, result in results.items() if result["score"] is not None}
     assert scored == {"gqa", "sqa", "textvqa", "pope", "mme", "seed"}
     data = played / "playground/data/eval"
@@ -97,7 +96,7 @@ def test_what_is_scored_here_and_what_is_a_file_for_a_server(played):
     assert "IMG-Accuracy" in output and f"vizwiz, hard, submission file: {results['vizwiz']['submission']}" in output
 
 
-def test_mosaic_in_two_modes_beside_what_is_missing_and_what_fails(played, testbed, tmp_path):
+def test_mosaic_in_two_modes_beside_what_is_missing_and_what_fails(testbed, tmp_path):
     """One table over a benchmark that ran in chunks, one without data and one whose pictures are broken."""
     data = tmp_path / "data"
     playground.pope(data)
@@ -109,15 +108,16 @@ def test_mosaic_in_two_modes_beside_what_is_missing_and_what_fails(played, testb
     settings = [
         f"EVAL={data}",
         f"MODEL={model}",
-        f"PRUNERS={played / 'pruners'}",
+        "BASELINE=uniform",
+        "AVERAGE_TOKENS=60",
         names,
         "CHUNKS=3",
         "TEST_QUESTIONS=4",
     ]
     output = finish(start("all.sh", tmp_path, "MODE=origin,hard", *settings), status=1)
-    origin, hard = (results_of_data(data, f"llava-mosaic-tiny-{run}") for run in ("origin", "hard-pruners"))
+    origin, hard = (results_of(data, f"llava-mosaic-tiny-{run}") for run in ("origin", "hard-uniform-60"))
     assert set(origin) == set(hard) == {"mosaic"}
-    assert origin["mosaic"]["average_tokens"] == 144 > hard["mosaic"]["average_tokens"]
+    assert origin["mosaic"]["average_tokens"] == 144 and 59 < hard["mosaic"]["average_tokens"] <= 60
     # ceil(4 / 3) = 2 questions a chunk make two chunks
     chunks = sorted(path.name for path in (data / "mosaic/answers/llava-mosaic-tiny-origin").glob("*.jsonl"))
     assert chunks == ["2_0.jsonl", "2_0.report.jsonl", "2_1.jsonl", "2_1.report.jsonl"]
@@ -132,10 +132,6 @@ def test_mosaic_in_two_modes_beside_what_is_missing_and_what_fails(played, testb
     assert rows["pope"][1:3] == ["no data"] * 2 and rows["gqa"][1:3] == ["failed"] * 2
     assert rows["mosaic"][1] == f"{origin['mosaic']['score']:.2f}" and rows["mosaic"][4].endswith("of 144")
     assert f"pope needs {data}/pope/coco: https://github.com/AoiDragon/POPE" in table and "gqa.log" in table
-
-
-def results_of_data(data, run):
-    return {path.stem: json.loads(path.read_text()) for path in (data / "results" / run).glob("*.json")}
 
 
 def test_settings_are_checked_before_anything_runs(tmp_path):

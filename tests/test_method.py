@@ -50,9 +50,9 @@ def test_what_does_not_go_together_is_refused_and_nothing_attached(llava, argume
     assert find_handle(llava) is None
 
 
-def test_baselines_are_taken(llava):
-    pytest.importorskip("llava_prune.baselines")
-    attach_method(llava, baseline="uniform", average_tokens=10)
+def test_baselines_are_taken_with_their_mode(llava):
+    handle = attach_method(llava, mode="masked", baseline="uniform", average_tokens=10)
+    assert handle.state.mode == "masked"
     with torch.no_grad():
         llava(**batch_of([9], [1]))
     assert last_report(llava).average_tokens.item() == pytest.approx(10, abs=1)

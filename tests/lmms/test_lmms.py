@@ -205,7 +205,6 @@ def test_arguments_are_checked(folder):
 
 
 def test_baselines_are_taken(folder):
-    pytest.importorskip("llava_prune.baselines")
     harness = LlavaPruneHf(str(folder / "llava-mosaic-tiny-hf"), baseline="fastv", average_tokens=60)
     harness.task_dict = {"t": {"test": documents(folder)}}
     assert harness.generate_until([request(0, documents(folder)[0]["question"], doc_to_visual)])[0]
