@@ -20,9 +20,10 @@ from typing import Any
 
 from torch import nn
 
-from .baselines import METHODS, attach_baseline
-from .checkpoint import load_pruners, read_description, read_weights
+from .baselines import METHODS
+from .checkpoint import read_description, read_weights
 from .cuda_to_cpu import CudaToCpu
+from .method import attach_method, check_method
 from .sidecar import Sidecar
 from .state import MODES
 
@@ -30,8 +31,8 @@ from .state import MODES
 def build_parser() -> argparse.ArgumentParser:
     """Arguments up to `-m` are ours, everything after it is the program's."""
     parser = argparse.ArgumentParser(prog="python -m llava_prune run", description=__doc__.splitlines()[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--pruners", help="output directory of a pruner training")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--pruners", help="output directory of a pruner training; --mode origin needs none")
     what.add_argument("--baseline", choices=METHODS, help="a training-free method, at --average_tokens")
     parser.add_argument(
         "--average_tokens",
@@ -78,29 +79,24 @@ def pruned_loading(attach: Callable[[nn.Module], Any], report: str | None) -> It
 def attach_as_asked(args: argparse.Namespace, model: nn.Module) -> None:
     """Attach the pruners or the baseline; exits with a message where the model or the budget does not suit them."""
     try:
-        if args.baseline:
-            attach_baseline(model, args.baseline, args.average_tokens, args.mode)
-        else:
-            load_pruners(model, args.pruners, args.mode, args.allow_other_base, args.average_tokens)
+        attach_method(model, args.pruners, args.mode, args.baseline, args.average_tokens, args.allow_other_base)
     except ValueError as error:
         sys.exit(f"llava_prune: {error}")
 
 
 def main(argv: list[str]) -> None:
     """Run a program with pruners or a baseline; exits with a message when those can not be had."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.baseline and args.average_tokens is None:
-        parser.error("--baseline needs --average_tokens")
+    args = build_parser().parse_args(argv)
     if not args.program:
         sys.exit("llava_prune: -m needs a module (llava.eval.model_vqa_loader) or a .py file")
     program, *rest = args.program
-    if args.pruners:
-        try:
+    try:
+        check_method(args.pruners, args.baseline, args.mode, args.average_tokens)
+        if args.pruners:
             read_description(args.pruners)
             read_weights(args.pruners)
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(f"llava_prune: {error}")
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"llava_prune: {error}")
     if sys.platform == "linux":
         # LLaVA's loader reads a module global in its workers, which only fork hands on
         multiprocessing.set_start_method("fork", force=True)

@@ -3,6 +3,7 @@
 #
 #   bash scripts/setup.sh        .venv: LLaVA (llava-torch) on transformers 4.37.2
 #   bash scripts/setup.sh hf     .venv-hf: Hugging Face's own LLaVA classes on transformers 5
+#   bash scripts/setup.sh lmms   .venv-lmms: the same with lmms-eval
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,7 +12,8 @@ PYTHON=${PYTHON:-python3}
 case "$STACK" in
     llava) VENV=.venv ;;
     hf) VENV=.venv-hf ;;
-    *) echo "setup.sh: no stack '$STACK'; use llava or hf" >&2; exit 2 ;;
+    lmms) VENV=.venv-lmms ;;
+    *) echo "setup.sh: no stack '$STACK'; use llava, hf or lmms" >&2; exit 2 ;;
 esac
 REQUIREMENTS=scripts/requirements-$STACK.txt
 STAMP=$VENV/.complete
@@ -30,5 +32,10 @@ DS_BUILD_OPS=0 "$VENV/bin/pip" install -q --disable-pip-version-check -r "$REQUI
 if [ "$STACK" = llava ]; then
     # without its dependencies, which are pinned to releases of 2023
     "$VENV/bin/pip" install -q --disable-pip-version-check --no-deps llava-torch==1.2.2.post1
+fi
+if [ "$STACK" = lmms ]; then
+    # without dependencies too; the project is installed as well, for lmms-eval to find by its entry point
+    "$VENV/bin/pip" install -q --disable-pip-version-check --no-deps lmms-eval==0.7.3
+    "$VENV/bin/pip" install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 fi
 cp "$REQUIREMENTS" "$STAMP"

@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-# the other stack's tests live in a folder of their own
-collect_ignore_glob = [] if importlib.util.find_spec("llava") is None else ["hf/*"]
+# the other stacks' tests live in folders of their own
+collect_ignore_glob = [] if importlib.util.find_spec("llava") is None else ["hf/*", "lmms/*"]
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ def test_wheel_has_its_data_and_imports_elsewhere(tmp_path):
     for data in (*data_files, "testbed/base/model.safetensors"):
         assert f"llava_prune/{data}" in names
     assert not any(name.startswith(("tests", "scripts")) for name in names)
+    (entry_points,) = (name for name in names if name.endswith("/entry_points.txt"))
+    assert b"[lmms_eval.models]\nllava_prune = " in zipfile.ZipFile(wheel).read(entry_points)
     assert wheel.stat().st_size < 12e6
 
     venv.create(tmp_path / "venv", with_pip=True)

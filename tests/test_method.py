@@ -1,0 +1,58 @@
+"""One call attaches pruners, a baseline, or nothing that decides; and what it refuses."""
+
+import pytest
+import torch
+from tiny import batch_of, randomise_pruners, tiny_llava
+
+from llava_prune import PruneConfig, attach_pruners, detach_pruners, last_report, save_pruners
+from llava_prune.method import attach_method
+from llava_prune.patch import find_handle
+from llava_prune.sidecar import Sidecar, read_sidecar
+
+
+def test_origin_needs_no_pruners_counts_tokens_and_is_the_stock_model(llava, tmp_path):
+    inputs = batch_of([9, 7], [1, 1])
+    with torch.no_grad():
+        stock = llava(**inputs).logits
+        attach_method(llava, mode="origin")
+        assert torch.equal(llava(**inputs).logits, stock)
+        assert last_report(llava).average_tokens.tolist() == [16, 16]
+        Sidecar(llava, tmp_path / "r.jsonl")
+        llava.generate(inputs["input_ids"][:1], images=inputs["images"][:1], max_new_tokens=2, do_sample=False)
+    assert [line["average_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16]
+    detach_pruners(llava)
+    assert find_handle(llava) is None
+
+
+def test_pruners_come_with_mode_and_budget(tower_folder, tmp_path):
+    trained = tiny_llava(tower_folder)
+    randomise_pruners(attach_pruners(trained, PruneConfig(pruning_layers=(1, 3), target_token_num=10, pruner_dim=16)))
+    save_pruners(trained, tmp_path)
+    model = tiny_llava(tower_folder)
+    handle = attach_method(model, str(tmp_path), "masked", average_tokens=8)
+    with torch.no_grad():
+        model(**batch_of([9], [1]))
+    assert handle.state.mode == "masked" and 7 < last_report(model).average_tokens.item() <= 8
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"mode": "hard"}, "mode 'hard' needs pruners"),
+        ({"pruners": "a", "baseline": "fastv"}, "not both"),
+        ({"baseline": "fastv"}, "needs average_tokens"),
+        ({"mode": "origin", "average_tokens": 9}, "give one of them"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_and_nothing_attached(llava, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        attach_method(llava, **arguments)
+    assert find_handle(llava) is None
+
+
+def test_baselines_are_taken_with_their_mode(llava):
+    handle = attach_method(llava, mode="masked", baseline="uniform", average_tokens=10)
+    assert handle.state.mode == "masked"
+    with torch.no_grad():
+        llava(**batch_of([9], [1]))
+    assert last_report(llava).average_tokens.item() == pytest.approx(10, abs=1)
