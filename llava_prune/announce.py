@@ -86,6 +86,8 @@ def merging_hook(state: PruneState, merger: TokenMerger) -> Callable:
         state.merger_questions = None
         if questions is None:
             return None
+        # beam search of transformers up to 5.17 encodes the images of every beam
+        questions = questions.repeat_interleave(len(args[0]) // len(questions), 0)
         return (merger(args[0], questions.to(args[0].device)), *args[1:])
 
     return merge
