@@ -12,6 +12,10 @@ from functools import lru_cache
 SMALLEST_FRACTION = 1e-3  # of a layer that kept nothing in training, so that larger budgets can reach it
 
 
+class UnreachableBudget(ValueError):
+    """A budget under the floor of the method; the message says the floor."""
+
+
 def layer_spans(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Decoder layers that see what each pruning layer keeps."""
     return tuple(end - start for start, end in zip(layers, (*layers[1:], num_layers), strict=True))
@@ -46,13 +50,13 @@ def layer_counts(
         min_keep: tokens every pruning layer keeps at least (all, where there are fewer).
 
     Raises:
-        ValueError: the budget is under its floor, which is in the message.
+        UnreachableBudget: it is under the floor, which is in the message.
     """
     least = min(min_keep, tokens)
     spans = layer_spans(layers, num_layers)
     floor = average_of([least] * len(layers), tokens, layers, num_layers)
     if average < floor:
-        raise ValueError(
+        raise UnreachableBudget(
             f"a budget of {average:g} average tokens is under the floor of {floor:g} for {tokens} vision tokens: the "
             f"{layers[0]} layers before the first pruning layer see all of them. Raise the budget, or train pruners "
             "for an earlier layer"

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "compare": ("llava_prune.comparing.command", "trained pruners and baselines at several budgets on one benchmark"),
     "convert": ("llava_prune.convert", "write a LLaVA checkpoint as a Hugging Face model"),
     "report": ("llava_prune.reporting.command", "tokens, FLOPs, cache, times and memory, origin beside hard"),
     "run": ("llava_prune.run", "run a LLaVA program with pruners or a baseline attached"),

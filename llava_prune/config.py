@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .budget import layer_counts
+from .budget import UnreachableBudget, layer_counts
 
 ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st")
 ALIGNMENTS = ("gan", "mse", "mean_var", "kl", "none")
@@ -209,14 +209,14 @@ class PruneConfig:
         )
 
     def check_budget(self, vision_tokens: int, num_layers: int) -> None:
-        """Raises ValueError, with the floor in the message, when the target can not be reached."""
+        """Raises UnreachableBudget, with the floor in the message, when the target can not be reached."""
         floor = self.floor(vision_tokens, num_layers)
         target = self.target_token_num
         asked = f"target_token_num {target:g}" if target is not None else f"target_sparsity {self.target_sparsity:g}"
         if target is None:
             target = (1 - self.target_sparsity) * vision_tokens
         if target < floor:
-            raise ValueError(
+            raise UnreachableBudget(
                 f"{asked} is under the floor of {floor:g} average tokens ({floor / vision_tokens:.1%} of "
                 f"{vision_tokens}): the {self.pruning_layers[0]} layers before the first pruning layer see all "
                 "vision tokens. Raise the target or prune at an earlier layer"

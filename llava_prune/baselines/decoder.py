@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
-from ..budget import average_of, layer_counts
+from ..budget import UnreachableBudget, average_of, layer_counts
 from ..flops import DecoderShape, attention_rows_flops
 from ..scoring import LayerView, Scores
 
@@ -44,10 +44,10 @@ class DecoderBaseline:
         return average_of([min(self.min_keep, tokens)] * len(self.layers), tokens, self.layers, self.num_layers)
 
     def counts(self, tokens: int, average: float) -> tuple[int, ...]:
-        """Tokens that each pruning layer keeps of `tokens`; raises ValueError with the floor in the message."""
+        """Tokens that each pruning layer keeps of `tokens`; raises UnreachableBudget with the floor in the message."""
         floor = self.floor(tokens)
         if average < floor:
-            raise ValueError(
+            raise UnreachableBudget(
                 f"{self.name}: {average:g} average tokens are under its floor of {floor:g} for {tokens} vision "
                 f"tokens, all of which the {self.layers[0]} layers before the first drop see. Raise average_tokens"
                 f"{self.advice}"

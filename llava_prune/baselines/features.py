@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..budget import UnreachableBudget
 from ..layout import TokenLayout
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class FeatureBaseline:
             )
         self.tokens = handle.vision_tokens
         if average_tokens < 1:
-            raise ValueError(
+            raise UnreachableBudget(
                 f"{self.name}: {average_tokens:g} average tokens are under its floor of 1 for {self.tokens} vision "
                 "tokens. Raise average_tokens"
             )

@@ -14,12 +14,13 @@ from .grid import Grid, Tower, anyres_grids, single_grid
 
 
 class Chat(Protocol):
-    """A model that can be asked about a picture. `size` is a picture's width and height."""
+    """A model that can be asked about pictures. `size` is a picture's width and height."""
 
     model: nn.Module
+    inputs: LlavaInputs | HfInputs
 
-    def answer(self, picture: Any, question: str, max_new_tokens: int) -> str:
-        """The greedy answer to a question about a PIL picture."""
+    def answers(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
+        """The greedy answers to questions about pictures, asked as one batch."""
 
     def grids(self, size: tuple[int, int], vision_tokens: int) -> tuple[Grid, ...]:
         """Where the vision tokens of one picture lie; ValueError where that is not known."""
@@ -64,11 +65,10 @@ class LlavaChat:
         self.tokenizer = tokenizer
         self.inputs = LlavaInputs(self.model, tokenizer, self.processor, template)
 
-    def answer(self, picture: Any, question: str, max_new_tokens: int) -> str:
+    def answers(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
         """See `Chat`."""
-        (batch,) = make_batches(self.inputs, [Sample(picture, question)], 1, 0)
-        output = self.model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
-        return self.tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
+        output, _ = _generate(self, samples, max_new_tokens)
+        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     def grids(self, size: tuple[int, int], vision_tokens: int) -> tuple[Grid, ...]:
         """See `Chat`."""
@@ -105,12 +105,11 @@ class HfChat:
         self.model = AutoModelForImageTextToText.from_pretrained(directory, **settings).eval()
         self.inputs = HfInputs(self.model, self.processor)
 
-    def answer(self, picture: Any, question: str, max_new_tokens: int) -> str:
+    def answers(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
         """See `Chat`."""
-        (batch,) = make_batches(self.inputs, [Sample(picture, question)], 1, 0)
-        output = self.model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
-        answer = output[:, batch["input_ids"].shape[1] :]
-        return self.processor.batch_decode(answer, skip_special_tokens=True)[0].strip()
+        output, batch = _generate(self, samples, max_new_tokens)
+        answers = output[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
 
     def grids(self, size: tuple[int, int], vision_tokens: int) -> tuple[Grid, ...]:
         """See `Chat`."""
@@ -132,6 +131,13 @@ class HfChat:
         rows, columns = _unpadded(canvas, tower, lambda places: unpad_image(places, size[::-1]))
         shape = _resampled_shape(config, tower, len(rows), len(columns))
         return _complete(anyres_grids(size, tower, canvas, rows, columns, shape), vision_tokens)
+
+
+def _generate(chat: Chat, samples: list[Sample], max_new_tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What `generate` returns, and its arguments; the settings are those of LLaVA's evaluation at temperature 0."""
+    (batch,) = make_batches(chat.inputs, samples, len(samples), 0)
+    settings = {"do_sample": False, "num_beams": 1, "use_cache": True, "max_new_tokens": max_new_tokens}
+    return chat.model.generate(**batch, **settings), batch
 
 
 def _unpadded(canvas: tuple[int, int], tower: Tower, unpad: Any) -> tuple[range, range]:

@@ -17,6 +17,7 @@ from ..checkpoint import load_pruners, read_description, read_weights, write_ato
 from ..patch import prune_mode, require_handle
 from ..report import Report, last_report
 from ..reporting.samples import IMAGE_MARK
+from ..reporting.samples import Sample as Asked
 from ..stacks import STACKS
 from . import recorded
 from .chat import Chat, load_chat
@@ -117,7 +118,7 @@ def ask(chat: Chat, picture: Any, path: Path, question: str, mode: str, max_new_
     answers = {}
     for name in ("origin", mode):
         with prune_mode(chat.model, name):
-            answers[name] = chat.answer(picture, question, max_new_tokens)
+            (answers[name],) = chat.answers([Asked(picture, question)], max_new_tokens)
     report = last_report(chat.model)
     _check_numbers(report)
     vision_tokens = int(report.vision_tokens[0])
