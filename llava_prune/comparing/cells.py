@@ -11,13 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..baselines import METHODS, attach_baseline
-from ..checkpoint import CONFIG, WEIGHTS, load_pruners, write_atomically
-from ..config import PruneConfig
-from ..patch import PruneHandle, attach_pruners
+from ..checkpoint import CONFIG, WEIGHTS, write_atomically
+from ..method import attach_method
+from ..patch import PruneHandle
 
 ORIGIN, BASELINE, PRUNERS = "origin", "baseline", "pruners"
-# origin needs no pruners; these decide nothing in it, and are there to count tokens
-COUNTING = PruneConfig(pruning_layers=(1,), target_sparsity=0.1, pruner_dim=8, pruner_heads=1)
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,13 @@ class Method:
 
         Raises:
             UnreachableBudget: the budget is under the method's floor.
-            ValueError, FileNotFoundError: as `attach_baseline` and `load_pruners`.
+            ValueError, FileNotFoundError: as `attach_baseline` and `attach_method`.
         """
-        if self.kind == ORIGIN:
-            return attach_pruners(model, COUNTING)
         if self.kind == BASELINE:
             return attach_baseline(model, self.name, budget, **self.settings)
-        return load_pruners(model, self.directory, "hard", self.allow_other_base, budget)
+        mode = "origin" if self.kind == ORIGIN else "hard"
+        options = {"average_tokens": budget, "allow_other_base": self.allow_other_base}
+        return attach_method(model, self.directory, mode, **options)
 
     def identity(self) -> dict[str, Any]:
         """What the method computes with: of pruners the files' content, whatever they are called."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.questions import read_lines
 from ..reporting.samples import Sample
 from ..testbed.score import normalised
 
@@ -72,24 +73,15 @@ def fingerprint(questions: list[Question]) -> str:
 
 def _by_id(path: Path, fields: tuple[str, ...]) -> dict[Any, dict[str, Any]]:
     """Lines of a JSON-lines file by their `question_id`; all of `fields` are strings."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected JSON lines with question_id, {', '.join(fields)}")
     lines: dict[Any, dict[str, Any]] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            identity, values = line["question_id"], [line[field] for field in fields]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            wanted = ", ".join(("question_id", *fields))
-            raise ValueError(f"{path}, line {number}: expected JSON with {wanted} ({error!r})") from error
-        if not all(isinstance(value, str) for value in values) or not isinstance(identity, str | int):
+    for line in read_lines(path, ("question_id", *fields)):
+        identity = line["question_id"]
+        if not isinstance(identity, str | int) or not all(isinstance(line[field], str) for field in fields):
             raise ValueError(
-                f"{path}, line {number}: {', '.join(fields)} must be strings, question_id one or a number"
+                f"{path}, question {identity!r}: {' and '.join(fields)} must be text, question_id text or a number"
             )
         if identity in lines:
-            raise ValueError(f"{path}, line {number}, repeats question_id {identity!r}: one line a question")
+            raise ValueError(f"{path} repeats question_id {identity!r}: one line a question")
         lines[identity] = line
     if not lines:
         raise ValueError(f"{path} is empty")

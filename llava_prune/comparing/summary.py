@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from ..testbed.score import normalised
@@ -25,8 +26,8 @@ class Row:
         versus_origin: None for origin.
         best_baseline: the most accurate baseline of the same budget; of trained pruners only.
         versus_best: against that one.
-        prefill_ms, first_token_ms: medians; None where nothing was timed.
-        prefill_ratio, first_token_ratio: over origin's median in the same turns.
+        prefill_ms, first_token_ms: medians; None where nothing was timed. Of origin the median of those of all cells.
+        prefill_origin_ms, first_token_origin_ms: origin's in the same turns, at the same pace of the machine.
     """
 
     method: str
@@ -41,9 +42,9 @@ class Row:
     best_baseline: str | None = None
     versus_best: Difference | None = None
     prefill_ms: float | None = None
-    prefill_ratio: float | None = None
+    prefill_origin_ms: float | None = None
     first_token_ms: float | None = None
-    first_token_ratio: float | None = None
+    first_token_origin_ms: float | None = None
 
 
 def summarise(cells: list[Cell], results: list[dict[str, Any]], questions: list[Question]) -> list[Row]:
@@ -67,7 +68,10 @@ def summarise(cells: list[Cell], results: list[dict[str, Any]], questions: list[
         row.agreement = _mean(_same(result, origin))
         if row.kind != ORIGIN:
             row.versus_origin = compare(marks, right[0])
-        _add_times(row, result["times_ms"])
+        for name, medians in result["times_ms"].items():
+            setattr(row, f"{name}_ms", medians.get("hard"))
+            setattr(row, f"{name}_origin_ms", medians["origin"])
+    _add_origins_times(rows)
     _add_best(rows, right)
     return sorted(rows, key=_place)
 
@@ -88,11 +92,12 @@ def _mean(values: Any) -> float:
     return sum(values) / len(values)
 
 
-def _add_times(row: Row, times: dict[str, dict[str, float]]) -> None:
-    for name, medians in times.items():
-        own = medians["origin" if row.kind == ORIGIN else "hard"]
-        setattr(row, f"{name}_ms", own)
-        setattr(row, f"{name}_ratio", own / medians["origin"])
+def _add_origins_times(rows: list[Row]) -> None:
+    for name in ("prefill", "first_token"):
+        times = [getattr(row, f"{name}_origin_ms") for row in rows]
+        if times[0] is not None:
+            setattr(rows[0], f"{name}_ms", median(time for time in times if time is not None))
+            setattr(rows[0], f"{name}_origin_ms", None)
 
 
 def _add_best(rows: list[Row], right: list[list[bool]]) -> None:

@@ -20,7 +20,7 @@ NOTES = (
     "McNemar's exact two-sided p",
     "every p is of one comparison, uncorrected: of twenty without a true difference about one is under 0.05",
     "the best baseline of a budget is chosen by these very questions, which favours it a little",
-    "times: medians of single questions, in brackets over origin's in the same turns; prefill is the decoder alone, "
+    "ms: medians of single questions, and behind the stroke origin's in the same turns; prefill is the decoder alone, "
     "first token also the vision tower, the projector and what a method does there",
 )
 
@@ -61,8 +61,8 @@ def columns(row: Row) -> dict[str, str]:
         "p": probability(row.versus_origin),
         "against best baseline": difference(row.versus_best),
         "p ": probability(row.versus_best),
-        "prefill,\nms": _time(row.prefill_ms, row.prefill_ratio),
-        "first token,\nms": _time(row.first_token_ms, row.first_token_ratio),
+        "prefill,\nms": _time(row.prefill_ms, row.prefill_origin_ms),
+        "first token,\nms": _time(row.first_token_ms, row.first_token_origin_ms),
     }
 
 
@@ -70,8 +70,8 @@ def _number(value: float | None, shape: str) -> str:
     return "" if value is None else shape.format(value)
 
 
-def _time(value: float | None, ratio: float | None) -> str:
-    return "" if value is None else f"{value:.1f} ({ratio:.2f})"
+def _time(own: float | None, origin: float | None) -> str:
+    return _number(own, "{:.1f}") + _number(origin, " / {:.1f}")
 
 
 def difference(value: Difference | None) -> str:
