@@ -246,6 +246,17 @@ def rotary_tables(attention: nn.Module, call: dict[str, Any], like: Tensor, leng
     return cos[call["position_ids"]], sin[call["position_ids"]]
 
 
+def position_tables(decoder: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (P, head_dim), of all positions that the decoder is made for; 4.37 has them in its layers."""
+    length = decoder.config.max_position_embeddings
+    rotary = rotary_module(decoder.layers[0])
+    if rotary is not None:
+        cos, sin = rotary(like, seq_len=length)
+        return cos.to(like.dtype), sin.to(like.dtype)
+    cos, sin = decoder.rotary_emb(like, torch.arange(length, device=like.device)[None])
+    return cos[0], sin[0]
+
+
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of (B, H, S, d) by (B, S, d) tables, Llama's half-split layout."""
     first, second = states.chunk(2, dim=-1)

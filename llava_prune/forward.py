@@ -74,7 +74,7 @@ class LayerForward:
             return self._hard(call, record)
         return self._masked(call, record)
 
-    def _select(self, value: Tensor, view: LayerView) -> Tensor:
+    def select(self, value: Tensor, view: LayerView) -> Tensor:
         """(B, N) bool, the alive tokens that stay; those whose logits are read come first."""
         config, needed = self.config, view.predicting
         if needed is not None:
@@ -129,7 +129,7 @@ class LayerForward:
             visible = {"present": ~layout.vision | self._spread(past_kept, record)}
         view = LayerView.of_all_rows(self.layer, call, record, alive=past_kept, counts=self._counts(record), **visible)
         scores = self.scorer(view)
-        keep = self._select(scores.value, view)
+        keep = self.select(scores.value, view)
         if scores.logits is None:
             mask = keep.float()
         elif record.mode == "soft":
@@ -226,14 +226,14 @@ class LayerForward:
         indices = (vision_index, alive, question_index, question_valid)
         view = LayerView(self.layer, inputs, record, rows, rows.valid, None, *indices, self._counts(record))
         scores = self.scorer(view)
-        keep = self._select(scores.value, view)
+        keep = self.select(scores.value, view)
         if scores.vision is not None:
             hidden = replace_rows(hidden, vision_index, alive, scores.vision)
-        selected = rows.select(~is_vision | _marked(vision_index, keep, is_vision.shape[1]))
+        selected = rows.select(~is_vision | marked(vision_index, keep, is_vision.shape[1]))
         alive_index, _ = padded_index(past_kept, width=alive.shape[1])
-        record.kept[self.index] = _marked(alive_index, keep, past_kept.shape[1])
+        record.kept[self.index] = marked(alive_index, keep, past_kept.shape[1])
         if scores.logits is not None:
-            record.probabilities[self.index] = _placed(alive_index, scores.value, alive, past_kept.shape[1])
+            record.probabilities[self.index] = placed(alive_index, scores.value, alive, past_kept.shape[1])
         if selected is None:
             record.rows[self.index] = rows
             call["hidden_states"] = hidden
@@ -280,13 +280,13 @@ class LayerForward:
             )
 
 
-def _marked(index: Tensor, flags: Tensor, width: int) -> Tensor:
+def marked(index: Tensor, flags: Tensor, width: int) -> Tensor:
     """(B, width) bool, True at the entries of `index` (B, K) whose flag is set; filler points at 0 with no flag."""
     counts = torch.zeros(len(index), width, dtype=torch.int32, device=index.device)
     return counts.scatter_add(1, index, flags.to(torch.int32)) > 0
 
 
-def _placed(index: Tensor, values: Tensor, valid: Tensor, width: int) -> Tensor:
+def placed(index: Tensor, values: Tensor, valid: Tensor, width: int) -> Tensor:
     """(B, width) with `values` (B, K) at `index` (B, K) where `valid`, NaN elsewhere, no gradient."""
     full = values.new_full((len(values), width + 1), float("nan"))
     return full.scatter(1, index.masked_fill(~valid, width), values.detach())[:, :width]

@@ -6,7 +6,7 @@ stored and called, never copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -23,7 +23,7 @@ from .forward import LayerForward
 from .merger import TokenMerger
 from .placeholders import Shrinking, shrinking_forward, shrinking_generate
 from .pruner import LayerPruner
-from .scoring import PrunerScorer, Scorer
+from .scoring import LayerView, PrunerScorer, Scorer
 from .state import MODES, ForwardRecord, PruneState
 
 _HANDLE = "llava_prune_handle"
@@ -182,6 +182,16 @@ class PruneHandle:
         finally:
             self._attach()
 
+    @property
+    def hook_ids(self) -> set[int]:
+        """Ids of the hooks that are registered for these pruners."""
+        return {hook.id for hook in self._hooks}
+
+    @property
+    def watchers(self) -> dict[int, Callable[[LayerView], None]]:
+        """Layer -> what is to be shown that layer's inputs in a prefill."""
+        return {}
+
     def __enter__(self) -> PruneHandle:
         return self
 
@@ -279,6 +289,11 @@ def _without_self(run: LayerForward) -> Any:
         return run(*args, **kwargs)
 
     return forward
+
+
+def handle_of(decoder: nn.Module) -> PruneHandle | None:
+    """The handle of pruners attached to this very decoder, or None."""
+    return decoder.__dict__.get(_HANDLE)
 
 
 def find_handle(model: nn.Module) -> PruneHandle | None:
