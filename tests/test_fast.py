@@ -15,6 +15,7 @@ from llava_prune.baselines import METHODS, attach_baseline
 from llava_prune.compat import find_decoder
 from llava_prune.fast import accelerate
 from llava_prune.patch import find_handle, set_mode
+from llava_prune.run import attach_as_asked, build_parser
 
 
 @matrix({"kind": tuple(KINDS), **FACTORS})
@@ -207,3 +208,9 @@ def test_caches_hold_the_kept_rows_and_the_room(pruned):
         rows = last_report(pruned).tokens_per_layer[0] + 9  # one placeholder became 16 vision tokens
         rounded = (rows + SMALL["bucket"] - 1) // SMALL["bucket"] * SMALL["bucket"]
         assert fast.arena.bytes == 4 * 2 * 32 * int((rounded + SMALL["room"]).sum())
+
+
+def test_run_accelerates_what_it_attaches(llava):
+    args = ["--baseline", "fastv", "--average_tokens", "12", "--fast", "-m", "program"]
+    attach_as_asked(build_parser().parse_args(args), llava)
+    assert "forward" in find_decoder(llava).__dict__ and find_handle(llava).method.name == "fastv"
