@@ -168,6 +168,12 @@ def with_hidden_states(output: Tensor | tuple, hidden_states: Tensor) -> Tensor 
     return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
 
 
+def layer_output(layer: nn.Module, hidden_states: Tensor) -> Tensor | tuple:
+    """What a layer returns without a cache: a tuple in 4.37, which names the cache argument in the singular."""
+    takes = inspect.signature(type(layer).forward).parameters
+    return (hidden_states,) if "past_key_value" in takes else hidden_states
+
+
 def hidden_states_of(output: Tensor | tuple) -> Tensor:
     """Hidden states in a layer's output."""
     return output[0] if isinstance(output, tuple) else output

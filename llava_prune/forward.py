@@ -19,6 +19,7 @@ from .drop import Rows
 from .layout import gather_rows, padded_index, replace_rows
 from .masks import estimate_mask, log_bias, select_best, select_tokens, straight_through_selection
 from .scoring import LayerView, Scorer
+from .soft_attention import HIDDEN, biased_layer
 from .state import ForwardRecord, PruneState
 
 Budget = Callable[[int, int], "tuple[int, ...] | None"]
@@ -55,7 +56,7 @@ class LayerForward:
         self.last = index == num_layers - 1
         self.config = config
         self.state = state
-        self.flash = backend == "flash_attention_2"
+        self.flash, self.eager = backend == "flash_attention_2", backend == "eager"
         self.bind = compat.bind_arguments(self.original)
         # the pruning layer whose decision holds here
         self.segment = max(layer for layer in self.pruning_layers if layer <= index)
@@ -99,6 +100,35 @@ class LayerForward:
     # ---- soft and masked: every row stays, the mask changes
 
     def _masked(self, call: dict[str, Any], record: ForwardRecord) -> Any:
+        if self._trains(call) and not record.decoding:
+            output = self._biased(call, record)
+        else:
+            output = self._with_mask(call, record)
+        if self.index in self.state.feature_layers:
+            record.features.setdefault(self.index, compat.hidden_states_of(output))
+        return output
+
+    def _trains(self, call: dict[str, Any]) -> bool:
+        """Whether the mask needs a gradient and nothing stands against an attention that has no mask."""
+        stock_alone = (
+            self.eager
+            or call.get("output_attentions")
+            or call.get("use_cache")
+            or compat.cache_of(call) is not None
+            or getattr(self.layer.self_attn, "attention_dropout", 0.0)
+        )
+        return self.layer.training and torch.is_grad_enabled() and not stock_alone
+
+    def _biased(self, call: dict[str, Any], record: ForwardRecord) -> Any:
+        """The layer with the soft mask as a bias on the keys, without a mask argument."""
+        mask = record.masks[self.segment] if self.scorer is None else self._decide(call, record)[0]
+        hidden, layout = call["hidden_states"], record.layout
+        bias = self._spread(log_bias(mask), record).masked_fill(~layout.valid, HIDDEN)
+        cos, sin = compat.rotary_tables(self.layer.self_attn, call, hidden, hidden.shape[1])
+        tables = (cos.expand(len(hidden), -1, -1), sin.expand(len(hidden), -1, -1))
+        return compat.layer_output(self.layer, biased_layer(self.layer, hidden, tables, bias))
+
+    def _with_mask(self, call: dict[str, Any], record: ForwardRecord) -> Any:
         if record.decoding:
             call["attention_mask"] = self._masked_decode_mask(call, record)
         elif self.scorer is not None:
@@ -110,12 +140,10 @@ class LayerForward:
             # fused SDPA keeps what the bias gradient needs only if query, key or value need a gradient, and nothing
             # before the first pruner of a frozen base does
             call["hidden_states"] = hidden.detach().requires_grad_()
-        output = self.original(**call)
-        if self.index in self.state.feature_layers:
-            record.features.setdefault(self.index, compat.hidden_states_of(output))
-        return output
+        return self.original(**call)
 
-    def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
+    def _decide(self, call: dict[str, Any], record: ForwardRecord) -> tuple[Tensor, Tensor]:
+        """Score, select and record; returns the cumulative mask and what stays, (B, N)."""
         hidden, layout = call["hidden_states"], record.layout
         if self.index == self.pruning_layers[0] and self.state.feature_layers and record.prefix is None:
             record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
@@ -150,8 +178,11 @@ class LayerForward:
         record.kept.setdefault(self.index, keep)
         if scores.logits is not None:
             record.probabilities.setdefault(self.index, scores.value.detach().masked_fill(~past_kept, float("nan")))
+        return cumulative, keep
 
-        dtype = hidden.dtype
+    def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
+        cumulative, keep = self._decide(call, record)
+        layout, dtype = record.layout, call["hidden_states"].dtype
         if record.mode == "soft" or self.layer.training:
             attention_mask = with_bias(call["attention_mask"], self._spread(log_bias(cumulative), record), dtype)
         elif torch.equal(keep, layout.vision_valid):

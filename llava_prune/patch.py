@@ -251,10 +251,11 @@ class PruneHandle:
 
     def _check_mode(self, decoder: nn.Module) -> None:
         mode = self.state.mode
-        if self.backend == "flash_attention_2" and (mode == "soft" or (mode == "masked" and decoder.training)):
+        trains = decoder.training and torch.is_grad_enabled()  # by an attention that needs no mask
+        if self.backend == "flash_attention_2" and mode == "soft" and not trains:
             raise ValueError(
-                f"mode {mode!r} with a gradient needs an attention bias, which flash_attention_2 does not take: load "
-                "the model with attn_implementation='sdpa' to train; hard mode runs on flash_attention_2"
+                "mode 'soft' outside training needs an attention bias, which flash_attention_2 does not take: use "
+                "masked or hard mode, or load the model with attn_implementation='sdpa'"
             )
         if mode in ("soft", "masked") and decoder.training and getattr(decoder, "gradient_checkpointing", False):
             keywords = getattr(getattr(decoder, "_gradient_checkpointing_func", None), "keywords", {})

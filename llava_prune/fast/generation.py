@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..decoder_layer import Tables
 from .arena import Arena, CacheView
-from .layers import Tables, cached_layer
+from .layers import cached_layer
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..decoder_layer import Tables
 from ..drop import Rows
 from ..forward import LayerForward, marked, placed
 from ..layout import gather_rows, padded_index, replace_rows
 from ..scoring import LayerView
 from ..state import ForwardRecord
 from .arena import CacheView
-from .layers import Tables, prompt_layer
+from .layers import prompt_layer
 from .prompt import Prompt
 
 
