@@ -19,7 +19,7 @@ from .budget import UnreachableBudget, layer_counts
 ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st")
 ALIGNMENTS = ("gan", "mse", "mean_var", "kl", "none")
 SELECTIONS = ("threshold", "topk")
-GAN_LOSSES = ("non_saturating", "hinge")
+GAN_LOSSES = ("non_saturating", "hinge", "relativistic")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -84,6 +84,7 @@ class PruneConfig:
     pool_end_weight: float = _field(1.0, "pooling weight of the last text token")
     noise_scale_start: float = _field(0.05, "noise on the first text token, relative to its RMS")
     noise_scale_end: float = _field(0.01, "noise on the last text token, relative to its RMS")
+    gradient_penalty: float = _field(0.0, "weight of the discriminator's squared gradient at real and fake inputs")
     disc_max_accuracy: float = _field(0.9, "the discriminator rests while its accuracy is above this")
 
     # losses
@@ -140,6 +141,8 @@ class PruneConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.gradient_penalty < 0:
+            raise ValueError(f"gradient_penalty must be at least 0, got {self.gradient_penalty}")
         for name in (
             "temperature_anneal_ratio",
             "final_masked_ratio",

@@ -159,7 +159,7 @@ class PruneTrainerMixin:
             return kl_loss(gather_rows(outputs.logits, place), real_logits, mask)
         weights = (record.layout.vision_counts > 0).float()
         self._features = (real, [x.detach() for x in fake], mask, weights)
-        return self.adversary.generator_loss(fake, mask, weights)
+        return self.adversary.generator_loss(real, fake, mask, weights)
 
     @torch.no_grad()
     def _features_without_merger(self, inputs: dict[str, Any]) -> tuple[dict[int, Tensor], Tensor]:
