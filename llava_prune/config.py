@@ -16,7 +16,7 @@ from typing import Any
 
 from .budget import UnreachableBudget, layer_counts
 
-ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st")
+ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st", "topk_st")
 ALIGNMENTS = ("gan", "mse", "mean_var", "kl", "none")
 SELECTIONS = ("threshold", "topk")
 GAN_LOSSES = ("non_saturating", "hinge", "relativistic")
@@ -170,6 +170,8 @@ class PruneConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.pruner_dim % self.pruner_heads:
             raise ValueError(f"pruner_dim {self.pruner_dim} must be divisible by pruner_heads {self.pruner_heads}")
+        if self.estimator == "topk_st" and self.selection != "topk":
+            raise ValueError("estimator 'topk_st' keeps exact counts: set selection to 'topk'")
         if self.max_keep is not None and self.selection == "topk":
             raise ValueError("max_keep bounds selection 'threshold'; with 'topk' the target alone sets the counts")
         if self.max_keep is not None and self.max_keep < self.min_keep:

@@ -17,7 +17,7 @@ from .attention_masks import of_cached_rows, of_rows, with_bias, without_keys
 from .config import PruneConfig
 from .drop import Rows
 from .layout import gather_rows, padded_index, replace_rows
-from .masks import estimate_mask, log_bias, select_best, select_tokens, straight_through_selection
+from .masks import estimate_mask, log_bias, select_best, select_tokens, straight_through_selection, topk_mask
 from .scoring import LayerView, Scorer
 from .soft_attention import HIDDEN, biased_layer
 from .state import ForwardRecord, PruneState
@@ -160,6 +160,10 @@ class LayerForward:
         keep = self.select(scores.value, view)
         if scores.logits is None:
             mask = keep.float()
+        elif record.mode == "soft" and self.config.estimator == "topk_st":
+            noise = self.layer.training
+            mask = topk_mask(scores.logits, past_kept, view.counts, self.state.temperature, noise)
+            keep = mask.detach() > 0.5
         elif record.mode == "soft":
             mask = estimate_mask(
                 scores.logits,

@@ -89,6 +89,7 @@ class PruneHandle:
             return None
         average = config.target_token_num
         average = (1 - config.target_sparsity) * tokens if average is None else average * images
+        average = tokens + (average - tokens) * self.state.target_ease
         settings = (config.pruning_layers, self.num_layers, self.state.keep_fractions, config.min_keep)
         return layer_counts(tokens, average, *settings)
 

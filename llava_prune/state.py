@@ -99,6 +99,7 @@ class PruneState:
 
     mode: str = "origin"
     temperature: float = 1.0
+    target_ease: float = 1.0  # of exact budgets in training: 0 keeps all, 1 holds to the target
     keep_fractions: tuple[float, ...] | None = None  # of each pruning layer, late in training
     feature_layers: tuple[int, ...] = ()
     announced: TokenLayout | None = None

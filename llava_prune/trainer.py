@@ -103,13 +103,13 @@ class PruneTrainerMixin:
         """Generator step inside the engine, then the discriminator's outside of it."""
         values = self._schedule()
         state = self.prune_handle.state
-        state.temperature = values.temperature
+        state.temperature, state.target_ease = values.temperature, values.target_ease
         # the mode must hold through the backward pass, where checkpointed layers run again
         with prune_mode(self.model, "masked" if values.masked else "soft"):
             loss = super().training_step(model, inputs, *args, **kwargs)
         if self.adversary is not None:
             self._train_adversary()
-        state.record = None
+        state.record, state.target_ease = None, 1.0
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
