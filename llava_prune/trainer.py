@@ -117,7 +117,7 @@ class PruneTrainerMixin:
         values = self._schedule()
         state = self.prune_handle.state
         inputs = supervise_one_turn(inputs, torch.rand(len(inputs["input_ids"])), self._image_token)
-        # nothing is generated, and a cache would keep every key and value; 5.x switches it off in the outer config alone
+        # a cache would keep every key and value, and 5.x switches it off in the outer config alone
         outputs = model(**inputs, use_cache=False)
         record = state.record
         terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llava_prune.bench.inference import BASELINES
+from llava_prune.bench.training import PARTS
 from llava_prune.cli import main
 
 METHODS = ["stock", "stock, in graphs", "stock, static cache", "ours", "ours, in graphs"]
@@ -38,3 +39,15 @@ def test_every_method_has_its_figures(tmp_path, capsys):
 def test_a_cpu_needs_to_be_told(capsys):
     with pytest.raises(SystemExit, match="add --emulate"):
         main(["bench", "inference", "--device", "cpu", "--shape", "tiny"])
+
+
+def test_a_step_of_training_is_taken_apart(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    arguments = ["--shape", "tiny", "--device", "cpu", "--repeats", "1", "--batch_size", "1", "--text_tokens", "24"]
+    main(["bench", "training", *arguments, "--json", str(file)])
+    printed, written = capsys.readouterr().out, json.loads(file.read_text())["steps"]
+    assert all(part in printed for part in PARTS)
+    assert set(written["pruners"]["parts_ms"]) == set(PARTS)
+    assert set(written["lora"]["parts_ms"]) == set(PARTS) - {"real forward", "discriminator"}
+    for times in written.values():
+        assert times["step_ms"] > 0 and times["loss"] > 0
