@@ -19,6 +19,7 @@ from .budget import UnreachableBudget, layer_counts
 ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st", "topk_st")
 ALIGNMENTS = ("gan", "mse", "mean_var", "kl", "none")
 SELECTIONS = ("threshold", "topk")
+CREDITS = ("all", "own")
 GAN_LOSSES = ("non_saturating", "hinge", "relativistic")
 
 
@@ -94,6 +95,10 @@ class PruneConfig:
     adversarial_weight_end: float = _field(10.0, "weight of the alignment term after the warm-up")
     loss_weight_warmup_ratio: float = _field(0.3, "share of training over which the two weights move, by cosine")
     sparsity_weight: float = _field(1000.0, "weight of (kept fraction - target)^2, over the batch")
+    budget_credit: str = _field(
+        "all",
+        "whom the budget losses move for the tokens of a layer: all pruners before it, or own, the last one alone",
+    )
     sparsity_only_on_excess: bool = _field(False, "do not punish keeping less than the target")
     token_count_weight: float = _field(0.0, "weight of |average tokens - target| / vision tokens, per sample")
     binarization_weight: float = _field(1.0, "weight of 4 m (1 - m), which pushes masks to 0 or 1")
@@ -138,6 +143,7 @@ class PruneConfig:
             ("estimator", ESTIMATORS),
             ("alignment", ALIGNMENTS),
             ("gan_loss", GAN_LOSSES),
+            ("budget_credit", CREDITS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -179,6 +179,7 @@ class LayerForward:
         cumulative = past_mask * mask
         record.logits.setdefault(self.index, scores.logits)
         record.masks.setdefault(self.index, cumulative)
+        record.charged.setdefault(self.index, past_mask.detach() * mask)
         record.kept.setdefault(self.index, keep)
         if scores.logits is not None:
             record.probabilities.setdefault(self.index, scores.value.detach().masked_fill(~past_kept, float("nan")))
