@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .config import PruneConfig
-from .discriminator import Discriminator
-from .losses import discriminator_loss, generator_loss
+from .discriminator import Discriminator, standardise
+from .losses import discriminator_loss, generator_loss, gradient_penalty
 
 
 def _world_size() -> int:
@@ -40,16 +40,20 @@ class Adversary:
             for tensor in self.discriminator.state_dict().values():
                 dist.broadcast(tensor, src=0)
 
-    def generator_loss(self, fake: list[Tensor], mask: Tensor, weights: Tensor) -> Tensor:
+    def generator_loss(self, real: list[Tensor], fake: list[Tensor], mask: Tensor, weights: Tensor) -> Tensor:
         """Loss of the pruners for fooling the discriminator, whose own parameters get no gradient.
 
         Args:
-            fake: one (B, S, hidden_size) a layer, with gradient.
+            real, fake: one (B, S, hidden_size) a layer; fake with gradient, real read by the relativistic loss alone.
             mask: (B, S) bool, text positions that count.
             weights: (B,) 1 for samples with an image.
         """
         self.discriminator.requires_grad_(False).eval()
-        loss = generator_loss(self.discriminator(fake, mask), weights, self.config.gan_loss)
+        real_logits = None
+        if self.config.gan_loss == "relativistic":
+            with torch.no_grad():
+                real_logits = self.discriminator(real, mask)
+        loss = generator_loss(self.discriminator(fake, mask), weights, self.config.gan_loss, real_logits)
         self.discriminator.requires_grad_(True).train()
         return loss
 
@@ -62,21 +66,38 @@ class Adversary:
             accumulation: micro-batches of an optimizer step; the loss is divided by it.
 
         Returns:
-            `d_loss`, `d_acc_real` and `d_acc_fake`, detached scalars; the accuracies are measured without noise.
+            `d_loss` (and `d_penalty`, if there is one), `d_acc_real` and `d_acc_fake`, detached scalars; the
+            accuracies are measured without noise, against 0 or, relativistic, against each other.
         """
-        real, fake = [x.detach() for x in real], [x.detach() for x in fake]
-        loss = discriminator_loss(
-            self.discriminator(real, mask), self.discriminator(fake, mask), weights, self.config.gan_loss
-        )
+        penalty = self.config.gradient_penalty
+        inputs = [[x.detach() for x in states] for states in (real, fake)]
+        if penalty > 0:  # slopes are taken where the discriminator works, not at hidden states of any norm
+            inputs = [[standardise(x).requires_grad_() for x in states] for states in inputs]
+        real_logits, fake_logits = (self.discriminator(states, mask) for states in inputs)
+        loss = discriminator_loss(real_logits, fake_logits, weights, self.config.gan_loss)
+        metrics = {"d_loss": loss.detach()}
+        if penalty > 0:
+            term = gradient_penalty(real_logits, inputs[0], weights) + gradient_penalty(
+                fake_logits, inputs[1], weights
+            )
+            metrics["d_penalty"] = term.detach()
+            loss = loss + penalty * term
         (loss / accumulation).backward()
-        with torch.no_grad():
-            count = weights.sum().clamp(min=1)
-            self.discriminator.eval()
-            acc_real = ((self.discriminator(real, mask, noise=False) > 0) * weights).sum() / count
-            acc_fake = ((self.discriminator(fake, mask, noise=False) < 0) * weights).sum() / count
-            self.discriminator.train()
-        self._correct.append((acc_real + acc_fake) / 2)
-        return {"d_loss": loss.detach(), "d_acc_real": acc_real, "d_acc_fake": acc_fake}
+        metrics |= self._accuracies(real, fake, mask, weights)
+        self._correct.append((metrics["d_acc_real"] + metrics["d_acc_fake"]) / 2)
+        return metrics
+
+    @torch.no_grad()
+    def _accuracies(self, real: list[Tensor], fake: list[Tensor], mask: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        self.discriminator.eval()
+        real_logits, fake_logits = (self.discriminator(states, mask, noise=False) for states in (real, fake))
+        self.discriminator.train()
+        count = weights.sum().clamp(min=1)
+        middle = (real_logits + fake_logits) / 2 if self.config.gan_loss == "relativistic" else 0
+        return {
+            "d_acc_real": ((real_logits > middle) * weights).sum() / count,
+            "d_acc_fake": ((fake_logits < middle) * weights).sum() / count,
+        }
 
     def step(self) -> bool:
         """Average the gradients over ranks and take one step, unless the discriminator is too good already.

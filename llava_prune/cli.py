@@ -6,6 +6,10 @@ import importlib
 import sys
 
 COMMANDS = {
+    "bench": (
+        "llava_prune.bench.command",
+        "how fast pruned inference is beside the stock model and the device's limit",
+    ),
     "compare": ("llava_prune.comparing.command", "trained pruners and baselines at several budgets on one benchmark"),
     "convert": ("llava_prune.convert", "write a LLaVA checkpoint as a Hugging Face model"),
     "report": ("llava_prune.reporting.command", "tokens, FLOPs, cache, times and memory, origin beside hard"),

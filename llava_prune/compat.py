@@ -168,6 +168,12 @@ def with_hidden_states(output: Tensor | tuple, hidden_states: Tensor) -> Tensor 
     return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
 
 
+def layer_output(layer: nn.Module, hidden_states: Tensor) -> Tensor | tuple:
+    """What a layer returns without a cache: a tuple in 4.37, which names the cache argument in the singular."""
+    takes = inspect.signature(type(layer).forward).parameters
+    return (hidden_states,) if "past_key_value" in takes else hidden_states
+
+
 def hidden_states_of(output: Tensor | tuple) -> Tensor:
     """Hidden states in a layer's output."""
     return output[0] if isinstance(output, tuple) else output
@@ -244,6 +250,17 @@ def rotary_tables(attention: nn.Module, call: dict[str, Any], like: Tensor, leng
         return call["position_embeddings"]
     cos, sin = attention.rotary_emb(like, seq_len=length)
     return cos[call["position_ids"]], sin[call["position_ids"]]
+
+
+def position_tables(decoder: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (P, head_dim), of all positions that the decoder is made for; 4.37 has them in its layers."""
+    length = decoder.config.max_position_embeddings
+    rotary = rotary_module(decoder.layers[0])
+    if rotary is not None:
+        cos, sin = rotary(like, seq_len=length)
+        return cos.to(like.dtype), sin.to(like.dtype)
+    cos, sin = decoder.rotary_emb(like, torch.arange(length, device=like.device)[None])
+    return cos[0], sin[0]
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from typing import Any
 
 from .budget import UnreachableBudget, layer_counts
 
-ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st")
+ESTIMATORS = ("gumbel_soft", "gumbel_st", "sigmoid_st", "topk_st")
 ALIGNMENTS = ("gan", "mse", "mean_var", "kl", "none")
 SELECTIONS = ("threshold", "topk")
-GAN_LOSSES = ("non_saturating", "hinge")
+CREDITS = ("all", "own")
+GAN_LOSSES = ("non_saturating", "hinge", "relativistic")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -84,6 +85,7 @@ class PruneConfig:
     pool_end_weight: float = _field(1.0, "pooling weight of the last text token")
     noise_scale_start: float = _field(0.05, "noise on the first text token, relative to its RMS")
     noise_scale_end: float = _field(0.01, "noise on the last text token, relative to its RMS")
+    gradient_penalty: float = _field(0.0, "weight of the discriminator's squared gradient at real and fake inputs")
     disc_max_accuracy: float = _field(0.9, "the discriminator rests while its accuracy is above this")
 
     # losses
@@ -93,6 +95,10 @@ class PruneConfig:
     adversarial_weight_end: float = _field(10.0, "weight of the alignment term after the warm-up")
     loss_weight_warmup_ratio: float = _field(0.3, "share of training over which the two weights move, by cosine")
     sparsity_weight: float = _field(1000.0, "weight of (kept fraction - target)^2, over the batch")
+    budget_credit: str = _field(
+        "all",
+        "whom the budget losses move for the tokens of a layer: all pruners before it, or own, the last one alone",
+    )
     sparsity_only_on_excess: bool = _field(False, "do not punish keeping less than the target")
     token_count_weight: float = _field(0.0, "weight of |average tokens - target| / vision tokens, per sample")
     binarization_weight: float = _field(1.0, "weight of 4 m (1 - m), which pushes masks to 0 or 1")
@@ -137,9 +143,12 @@ class PruneConfig:
             ("estimator", ESTIMATORS),
             ("alignment", ALIGNMENTS),
             ("gan_loss", GAN_LOSSES),
+            ("budget_credit", CREDITS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.gradient_penalty < 0:
+            raise ValueError(f"gradient_penalty must be at least 0, got {self.gradient_penalty}")
         for name in (
             "temperature_anneal_ratio",
             "final_masked_ratio",
@@ -167,6 +176,8 @@ class PruneConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.pruner_dim % self.pruner_heads:
             raise ValueError(f"pruner_dim {self.pruner_dim} must be divisible by pruner_heads {self.pruner_heads}")
+        if self.estimator == "topk_st" and self.selection != "topk":
+            raise ValueError("estimator 'topk_st' keeps exact counts: set selection to 'topk'")
         if self.max_keep is not None and self.selection == "topk":
             raise ValueError("max_keep bounds selection 'threshold'; with 'topk' the target alone sets the counts")
         if self.max_keep is not None and self.max_keep < self.min_keep:

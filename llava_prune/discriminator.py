@@ -16,6 +16,11 @@ def positions_of(mask: Tensor) -> Tensor:
     return (rank.float() / last).clamp(0, 1)
 
 
+def standardise(hidden: Tensor) -> Tensor:
+    """(..., D) fp32 with mean 0 and RMS 1 in each token, so that scales are relative to it."""
+    return F.layer_norm(hidden.float(), hidden.shape[-1:])
+
+
 class Discriminator(nn.Module):
     """Weighted pooling and an MLP per decoder layer, then one MLP over all of them.
 
@@ -73,7 +78,7 @@ class Discriminator(nn.Module):
         )[..., None]
         features = []
         for layer, hidden in zip(self.layers, hidden_states, strict=True):
-            hidden = F.layer_norm(hidden.float(), hidden.shape[-1:])  # RMS 1, so the noise scale is relative
+            hidden = standardise(hidden)
             if noise:
                 hidden = hidden + torch.randn_like(hidden) * scale
             features.append(layer((hidden * weight).sum(1)))

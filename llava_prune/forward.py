@@ -17,8 +17,9 @@ from .attention_masks import of_cached_rows, of_rows, with_bias, without_keys
 from .config import PruneConfig
 from .drop import Rows
 from .layout import gather_rows, padded_index, replace_rows
-from .masks import estimate_mask, log_bias, select_best, select_tokens, straight_through_selection
+from .masks import estimate_mask, log_bias, select_best, select_tokens, straight_through_selection, topk_mask
 from .scoring import LayerView, Scorer
+from .soft_attention import HIDDEN, biased_layer
 from .state import ForwardRecord, PruneState
 
 Budget = Callable[[int, int], "tuple[int, ...] | None"]
@@ -55,7 +56,7 @@ class LayerForward:
         self.last = index == num_layers - 1
         self.config = config
         self.state = state
-        self.flash = backend == "flash_attention_2"
+        self.flash, self.eager = backend == "flash_attention_2", backend == "eager"
         self.bind = compat.bind_arguments(self.original)
         # the pruning layer whose decision holds here
         self.segment = max(layer for layer in self.pruning_layers if layer <= index)
@@ -74,7 +75,7 @@ class LayerForward:
             return self._hard(call, record)
         return self._masked(call, record)
 
-    def _select(self, value: Tensor, view: LayerView) -> Tensor:
+    def select(self, value: Tensor, view: LayerView) -> Tensor:
         """(B, N) bool, the alive tokens that stay; those whose logits are read come first."""
         config, needed = self.config, view.predicting
         if needed is not None:
@@ -99,6 +100,35 @@ class LayerForward:
     # ---- soft and masked: every row stays, the mask changes
 
     def _masked(self, call: dict[str, Any], record: ForwardRecord) -> Any:
+        if self._trains(call) and not record.decoding:
+            output = self._biased(call, record)
+        else:
+            output = self._with_mask(call, record)
+        if self.index in self.state.feature_layers:
+            record.features.setdefault(self.index, compat.hidden_states_of(output))
+        return output
+
+    def _trains(self, call: dict[str, Any]) -> bool:
+        """Whether the mask needs a gradient and nothing stands against an attention that has no mask."""
+        stock_alone = (
+            self.eager
+            or call.get("output_attentions")
+            or call.get("use_cache")
+            or compat.cache_of(call) is not None
+            or getattr(self.layer.self_attn, "attention_dropout", 0.0)
+        )
+        return self.layer.training and torch.is_grad_enabled() and not stock_alone
+
+    def _biased(self, call: dict[str, Any], record: ForwardRecord) -> Any:
+        """The layer with the soft mask as a bias on the keys, without a mask argument."""
+        mask = record.masks[self.segment] if self.scorer is None else self._decide(call, record)[0]
+        hidden, layout = call["hidden_states"], record.layout
+        bias = self._spread(log_bias(mask), record).masked_fill(~layout.valid, HIDDEN)
+        cos, sin = compat.rotary_tables(self.layer.self_attn, call, hidden, hidden.shape[1])
+        tables = (cos.expand(len(hidden), -1, -1), sin.expand(len(hidden), -1, -1))
+        return compat.layer_output(self.layer, biased_layer(self.layer, hidden, tables, bias))
+
+    def _with_mask(self, call: dict[str, Any], record: ForwardRecord) -> Any:
         if record.decoding:
             call["attention_mask"] = self._masked_decode_mask(call, record)
         elif self.scorer is not None:
@@ -110,12 +140,10 @@ class LayerForward:
             # fused SDPA keeps what the bias gradient needs only if query, key or value need a gradient, and nothing
             # before the first pruner of a frozen base does
             call["hidden_states"] = hidden.detach().requires_grad_()
-        output = self.original(**call)
-        if self.index in self.state.feature_layers:
-            record.features.setdefault(self.index, compat.hidden_states_of(output))
-        return output
+        return self.original(**call)
 
-    def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
+    def _decide(self, call: dict[str, Any], record: ForwardRecord) -> tuple[Tensor, Tensor]:
+        """Score, select and record; returns the cumulative mask and what stays, (B, N)."""
         hidden, layout = call["hidden_states"], record.layout
         if self.index == self.pruning_layers[0] and self.state.feature_layers and record.prefix is None:
             record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
@@ -129,9 +157,13 @@ class LayerForward:
             visible = {"present": ~layout.vision | self._spread(past_kept, record)}
         view = LayerView.of_all_rows(self.layer, call, record, alive=past_kept, counts=self._counts(record), **visible)
         scores = self.scorer(view)
-        keep = self._select(scores.value, view)
+        keep = self.select(scores.value, view)
         if scores.logits is None:
             mask = keep.float()
+        elif record.mode == "soft" and self.config.estimator == "topk_st":
+            noise = self.layer.training
+            mask = topk_mask(scores.logits, past_kept, view.counts, self.state.temperature, noise)
+            keep = mask.detach() > 0.5
         elif record.mode == "soft":
             mask = estimate_mask(
                 scores.logits,
@@ -147,11 +179,15 @@ class LayerForward:
         cumulative = past_mask * mask
         record.logits.setdefault(self.index, scores.logits)
         record.masks.setdefault(self.index, cumulative)
+        record.charged.setdefault(self.index, past_mask.detach() * mask)
         record.kept.setdefault(self.index, keep)
         if scores.logits is not None:
             record.probabilities.setdefault(self.index, scores.value.detach().masked_fill(~past_kept, float("nan")))
+        return cumulative, keep
 
-        dtype = hidden.dtype
+    def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
+        cumulative, keep = self._decide(call, record)
+        layout, dtype = record.layout, call["hidden_states"].dtype
         if record.mode == "soft" or self.layer.training:
             attention_mask = with_bias(call["attention_mask"], self._spread(log_bias(cumulative), record), dtype)
         elif torch.equal(keep, layout.vision_valid):
@@ -226,14 +262,14 @@ class LayerForward:
         indices = (vision_index, alive, question_index, question_valid)
         view = LayerView(self.layer, inputs, record, rows, rows.valid, None, *indices, self._counts(record))
         scores = self.scorer(view)
-        keep = self._select(scores.value, view)
+        keep = self.select(scores.value, view)
         if scores.vision is not None:
             hidden = replace_rows(hidden, vision_index, alive, scores.vision)
-        selected = rows.select(~is_vision | _marked(vision_index, keep, is_vision.shape[1]))
+        selected = rows.select(~is_vision | marked(vision_index, keep, is_vision.shape[1]))
         alive_index, _ = padded_index(past_kept, width=alive.shape[1])
-        record.kept[self.index] = _marked(alive_index, keep, past_kept.shape[1])
+        record.kept[self.index] = marked(alive_index, keep, past_kept.shape[1])
         if scores.logits is not None:
-            record.probabilities[self.index] = _placed(alive_index, scores.value, alive, past_kept.shape[1])
+            record.probabilities[self.index] = placed(alive_index, scores.value, alive, past_kept.shape[1])
         if selected is None:
             record.rows[self.index] = rows
             call["hidden_states"] = hidden
@@ -280,13 +316,13 @@ class LayerForward:
             )
 
 
-def _marked(index: Tensor, flags: Tensor, width: int) -> Tensor:
+def marked(index: Tensor, flags: Tensor, width: int) -> Tensor:
     """(B, width) bool, True at the entries of `index` (B, K) whose flag is set; filler points at 0 with no flag."""
     counts = torch.zeros(len(index), width, dtype=torch.int32, device=index.device)
     return counts.scatter_add(1, index, flags.to(torch.int32)) > 0
 
 
-def _placed(index: Tensor, values: Tensor, valid: Tensor, width: int) -> Tensor:
+def placed(index: Tensor, values: Tensor, valid: Tensor, width: int) -> Tensor:
     """(B, width) with `values` (B, K) at `index` (B, K) where `valid`, NaN elsewhere, no gradient."""
     full = values.new_full((len(values), width + 1), float("nan"))
     return full.scatter(1, index.masked_fill(~valid, width), values.detach())[:, :width]

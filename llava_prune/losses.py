@@ -36,25 +36,45 @@ def binarization_loss(mask: Tensor, valid: Tensor) -> Tensor:
     return _weighted_mean(4 * mask * (1 - mask), valid.expand_as(mask).to(mask.dtype))
 
 
-def generator_loss(fake_logits: Tensor, weights: Tensor, kind: str) -> Tensor:
+def generator_loss(fake_logits: Tensor, weights: Tensor, kind: str, real_logits: Tensor | None = None) -> Tensor:
     """Loss of the pruners for fooling the discriminator.
 
     `non_saturating`: -log sigmoid(D(fake)) (Goodfellow et al. 2014, arXiv:1406.2661, section 3);
-    `hinge`: -D(fake) (Lim and Ye 2017, arXiv:1705.02894).
+    `hinge`: -D(fake) (Lim and Ye 2017, arXiv:1705.02894);
+    `relativistic`: -log sigmoid(D(fake) - D(real)) of the same sample (Jolicoeur-Martineau 2018, arXiv:1807.00734).
 
     Args:
         fake_logits, weights: (B,).
+        real_logits: (B,) without a gradient, for `relativistic`.
     """
+    if kind == "relativistic":
+        return _weighted_mean(F.softplus(real_logits.detach() - fake_logits), weights)
     return _weighted_mean(F.softplus(-fake_logits) if kind == "non_saturating" else -fake_logits, weights)
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, weights: Tensor, kind: str) -> Tensor:
     """Loss of the discriminator, real against fake; kinds and shapes as `generator_loss`."""
-    if kind == "non_saturating":
+    if kind == "relativistic":
+        values = F.softplus(fake_logits - real_logits)
+    elif kind == "non_saturating":
         values = F.softplus(-real_logits) + F.softplus(fake_logits)
     else:
         values = F.relu(1 - real_logits) + F.relu(1 + fake_logits)
     return _weighted_mean(values, weights)
+
+
+def gradient_penalty(logits: Tensor, inputs: list[Tensor], weights: Tensor) -> Tensor:
+    """Half the squared norm of the discriminator's gradient at its inputs, mean over samples: R1 on real inputs, R2 on
+    fake ones (Mescheder et al. 2018, arXiv:1801.04406, eq. 9), with a graph of its own.
+
+    Args:
+        logits: (B,) of the discriminator.
+        inputs: one (B, S, D) a layer, that require a gradient.
+        weights: (B,).
+    """
+    gradients = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
+    squared = sum(gradient.square().sum((1, 2)) for gradient in gradients)
+    return 0.5 * _weighted_mean(squared, weights)
 
 
 def _standardise(hidden: Tensor) -> Tensor:

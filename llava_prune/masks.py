@@ -32,7 +32,7 @@ def _gumbel_difference(like: Tensor) -> Tensor:
 
 def _straight_through(soft: Tensor, threshold: float) -> Tensor:
     hard = (soft > threshold).to(soft.dtype)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())
 
 
 def estimate_mask(
@@ -68,6 +68,50 @@ def estimate_mask(
     raise ValueError(f"unknown estimator {estimator!r}: use gumbel_soft, gumbel_st or sigmoid_st")
 
 
+def topk_mask(logits: Tensor, alive: Tensor, counts: Tensor, temperature: float, noise: bool = True) -> Tensor:
+    """Differentiable top-k, straight-through: exactly `counts` ones forward, a soft top-k backward.
+
+    The soft mask is sigmoid((margin - t) / temperature) with the t at which a sample's mask adds up to its count, so
+    tokens compete: what one gains the others lose. (The entropic top-k of Xie et al. 2020, arXiv:2002.06504, in one
+    dimension; t is found by bisection and differentiated by the implicit function theorem.)
+
+    Args:
+        logits: (B, N, 2), drop and keep.
+        alive: (B, N) bool.
+        counts: (B,) long, tokens to keep; all that are alive where there are fewer.
+        temperature: > 0.
+        noise: add Gumbel noise first, so that which are best is drawn.
+
+    Returns:
+        (B, N) fp32 mask.
+    """
+    logits = logits.float()
+    margin = logits[..., 1] - logits[..., 0]
+    if noise:
+        margin = margin + _gumbel_difference(margin)
+    with torch.no_grad():
+        cut = _soft_threshold(margin / temperature, alive, counts)
+        soft = torch.sigmoid(margin / temperature - cut) * alive
+        slope = soft * (1 - soft)
+        share = slope / slope.sum(-1, keepdim=True).clamp(min=1e-9)
+    # the threshold moves with the margins it balances: d t = sum of share d margin
+    moved = (share * (margin - margin.detach())).sum(-1, keepdim=True) / temperature
+    soft = torch.sigmoid(margin / temperature - cut - moved) * alive
+    hard = select_best(margin.detach(), alive, counts).to(soft.dtype)
+    return hard + (soft - soft.detach())
+
+
+def _soft_threshold(values: Tensor, alive: Tensor, counts: Tensor, steps: int = 40) -> Tensor:
+    """(B, 1) t at which sigmoid(values - t), over the alive, adds up to `counts`; far below where all are kept."""
+    low = values.amin(-1, keepdim=True) - 20
+    high = values.amax(-1, keepdim=True) + 20
+    for _ in range(steps):
+        middle = (low + high) / 2
+        above = (torch.sigmoid(values - middle) * alive).sum(-1, keepdim=True) > counts[:, None]
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
+
+
 def select_tokens(
     probability: Tensor, alive: Tensor, threshold: float, min_keep: int = 1, max_keep: int | None = None
 ) -> Tensor:
@@ -101,7 +145,7 @@ def _rank(probability: Tensor, alive: Tensor) -> Tensor:
 
 def straight_through_selection(probability: Tensor, keep: Tensor) -> Tensor:
     """Binary mask of `keep` whose gradient is that of `probability`: (B, N) fp32."""
-    return keep.to(probability.dtype) + probability - probability.detach()
+    return keep.to(probability.dtype) + (probability - probability.detach())
 
 
 def log_bias(mask: Tensor) -> Tensor:

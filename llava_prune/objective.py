@@ -35,7 +35,8 @@ def budget_terms(
     totals = layout.vision_counts
     weights = (totals > 0).float()
     masks = torch.stack([record.masks[layer] for layer in layers])  # (K, B, N)
-    kept_counts = (masks * layout.vision_valid).sum(-1)
+    charged = record.charged if config.budget_credit == "own" else record.masks
+    kept_counts = (torch.stack([charged[layer] for layer in layers]) * layout.vision_valid).sum(-1)
     kept = average_token_fraction(kept_counts, totals, layers, num_layers)
     target = 1 + (target_fraction(config, record) - 1) * target_ease
     losses = {

@@ -6,7 +6,7 @@ stored and called, never copied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -23,7 +23,7 @@ from .forward import LayerForward
 from .merger import TokenMerger
 from .placeholders import Shrinking, shrinking_forward, shrinking_generate
 from .pruner import LayerPruner
-from .scoring import PrunerScorer, Scorer
+from .scoring import LayerView, PrunerScorer, Scorer
 from .state import MODES, ForwardRecord, PruneState
 
 _HANDLE = "llava_prune_handle"
@@ -89,6 +89,7 @@ class PruneHandle:
             return None
         average = config.target_token_num
         average = (1 - config.target_sparsity) * tokens if average is None else average * images
+        average = tokens + (average - tokens) * self.state.target_ease
         settings = (config.pruning_layers, self.num_layers, self.state.keep_fractions, config.min_keep)
         return layer_counts(tokens, average, *settings)
 
@@ -182,6 +183,16 @@ class PruneHandle:
         finally:
             self._attach()
 
+    @property
+    def hook_ids(self) -> set[int]:
+        """Ids of the hooks that are registered for these pruners."""
+        return {hook.id for hook in self._hooks}
+
+    @property
+    def watchers(self) -> dict[int, Callable[[LayerView], None]]:
+        """Layer -> what is to be shown that layer's inputs in a prefill."""
+        return {}
+
     def __enter__(self) -> PruneHandle:
         return self
 
@@ -241,10 +252,11 @@ class PruneHandle:
 
     def _check_mode(self, decoder: nn.Module) -> None:
         mode = self.state.mode
-        if self.backend == "flash_attention_2" and (mode == "soft" or (mode == "masked" and decoder.training)):
+        trains = decoder.training and torch.is_grad_enabled()  # by an attention that needs no mask
+        if self.backend == "flash_attention_2" and mode == "soft" and not trains:
             raise ValueError(
-                f"mode {mode!r} with a gradient needs an attention bias, which flash_attention_2 does not take: load "
-                "the model with attn_implementation='sdpa' to train; hard mode runs on flash_attention_2"
+                "mode 'soft' outside training needs an attention bias, which flash_attention_2 does not take: use "
+                "masked or hard mode, or load the model with attn_implementation='sdpa'"
             )
         if mode in ("soft", "masked") and decoder.training and getattr(decoder, "gradient_checkpointing", False):
             keywords = getattr(getattr(decoder, "_gradient_checkpointing_func", None), "keywords", {})
@@ -279,6 +291,11 @@ def _without_self(run: LayerForward) -> Any:
         return run(*args, **kwargs)
 
     return forward
+
+
+def handle_of(decoder: nn.Module) -> PruneHandle | None:
+    """The handle of pruners attached to this very decoder, or None."""
+    return decoder.__dict__.get(_HANDLE)
 
 
 def find_handle(model: nn.Module) -> PruneHandle | None:

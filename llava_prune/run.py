@@ -23,6 +23,7 @@ from torch import nn
 from .baselines import METHODS
 from .checkpoint import read_description, read_weights
 from .cuda_to_cpu import CudaToCpu
+from .fast import accelerate
 from .method import attach_method, check_method
 from .sidecar import Sidecar
 from .state import MODES
@@ -40,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="vision tokens an image, averaged over the decoder layers; pruners have a budget of their own",
     )
     parser.add_argument("--mode", choices=MODES, default="hard", help="origin leaves the model as it is")
+    parser.add_argument(
+        "--fast", action="store_true", help="run the decoder in CUDA graphs, see llava_prune.accelerate"
+    )
     parser.add_argument("--report", help="write one JSON line a sample here: tokens kept, FLOPs, seconds")
     parser.add_argument("--allow_other_base", action="store_true", help="accept a base model under another name")
     parser.add_argument(
@@ -80,6 +84,8 @@ def attach_as_asked(args: argparse.Namespace, model: nn.Module) -> None:
     """Attach the pruners or the baseline; exits with a message where the model or the budget does not suit them."""
     try:
         attach_method(model, args.pruners, args.mode, args.baseline, args.average_tokens, args.allow_other_base)
+        if args.fast:
+            accelerate(model)
     except ValueError as error:
         sys.exit(f"llava_prune: {error}")
 

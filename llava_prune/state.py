@@ -26,6 +26,7 @@ class ForwardRecord:
         mode: the mode the pass ran in.
         logits: per pruning layer (B, N, 2), over the sample's vision tokens (soft and masked; None of a baseline).
         masks: per pruning layer the cumulative mask, (B, N) fp32 (soft and masked).
+        charged: per pruning layer the same values, with a gradient to that layer's own pruner alone (soft and masked).
         kept: per pruning layer (B, N) bool, tokens that layer and later ones see; under 0, of the tokens there were
             before a baseline reduced them ahead of the decoder.
         probabilities: per pruning layer (B, N) fp32 keep probability without a gradient, NaN where no token was left
@@ -44,6 +45,7 @@ class ForwardRecord:
     full_length: int
     logits: dict[int, Tensor | None] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
+    charged: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)
     probabilities: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class ForwardRecord:
         if self.layout.valid.device == device:
             return
         self.layout = self.layout.to(device)
-        decided = (self.logits, self.masks, self.kept, self.probabilities, self.rows)
+        decided = (self.logits, self.masks, self.charged, self.kept, self.probabilities, self.rows)
         for table in (*decided, self.attention_masks, self.notes):
             for key, value in table.items():
                 table[key] = None if value is None else value.to(device)
@@ -99,6 +101,7 @@ class PruneState:
 
     mode: str = "origin"
     temperature: float = 1.0
+    target_ease: float = 1.0  # of exact budgets in training: 0 keeps all, 1 holds to the target
     keep_fractions: tuple[float, ...] | None = None  # of each pruning layer, late in training
     feature_layers: tuple[int, ...] = ()
     announced: TokenLayout | None = None

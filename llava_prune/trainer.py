@@ -103,13 +103,13 @@ class PruneTrainerMixin:
         """Generator step inside the engine, then the discriminator's outside of it."""
         values = self._schedule()
         state = self.prune_handle.state
-        state.temperature = values.temperature
+        state.temperature, state.target_ease = values.temperature, values.target_ease
         # the mode must hold through the backward pass, where checkpointed layers run again
         with prune_mode(self.model, "masked" if values.masked else "soft"):
             loss = super().training_step(model, inputs, *args, **kwargs)
         if self.adversary is not None:
             self._train_adversary()
-        state.record = None
+        state.record, state.target_ease = None, 1.0
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
@@ -117,7 +117,8 @@ class PruneTrainerMixin:
         values = self._schedule()
         state = self.prune_handle.state
         inputs = supervise_one_turn(inputs, torch.rand(len(inputs["input_ids"])), self._image_token)
-        outputs = model(**inputs)
+        # a cache would keep every key and value, and 5.x switches it off in the outer config alone
+        outputs = model(**inputs, use_cache=False)
         record = state.record
         terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)
         terms["task"] = outputs.loss
@@ -159,7 +160,7 @@ class PruneTrainerMixin:
             return kl_loss(gather_rows(outputs.logits, place), real_logits, mask)
         weights = (record.layout.vision_counts > 0).float()
         self._features = (real, [x.detach() for x in fake], mask, weights)
-        return self.adversary.generator_loss(fake, mask, weights)
+        return self.adversary.generator_loss(real, fake, mask, weights)
 
     @torch.no_grad()
     def _features_without_merger(self, inputs: dict[str, Any]) -> tuple[dict[int, Tensor], Tensor]:

@@ -252,7 +252,9 @@ def test_run_gives_trained_pruners_a_budget_too(llava, tmp_path):
     with attach_pruners(llava, config) as handle:
         randomise_pruners(handle)
         save_pruners(llava, tmp_path)
-    asked = Namespace(baseline=None, pruners=tmp_path, mode="hard", allow_other_base=False, average_tokens=8)
+    asked = Namespace(
+        baseline=None, pruners=tmp_path, mode="hard", allow_other_base=False, average_tokens=8, fast=False
+    )
     attach_as_asked(asked, llava)
     logits(llava, batch_of([9], [1]))
     assert last_report(llava).average_tokens.item() == 8

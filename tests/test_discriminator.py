@@ -1,6 +1,7 @@
 """The discriminator, its losses and its step."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from llava_prune.losses import (
     binarization_loss,
     discriminator_loss,
     generator_loss,
+    gradient_penalty,
     kl_loss,
     mean_var_loss,
     mse_loss,
@@ -90,7 +92,9 @@ def by_hand(config, batches, weights, steps_at):
     for i, (real, fake) in enumerate(batches):
         torch.manual_seed(10 + i)
         real_logits, fake_logits = discriminator(real, MASK), discriminator(fake, MASK)
-        if config.gan_loss == "hinge":
+        if config.gan_loss == "relativistic":
+            values = -torch.log(torch.sigmoid(real_logits - fake_logits))
+        elif config.gan_loss == "hinge":
             values = (1 - real_logits).clamp(min=0) + (1 + fake_logits).clamp(min=0)
         else:
             values = -torch.log(torch.sigmoid(real_logits)) - torch.log(1 - torch.sigmoid(fake_logits))
@@ -102,7 +106,7 @@ def by_hand(config, batches, weights, steps_at):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("gan_loss", ["non_saturating", "hinge"])
+@pytest.mark.parametrize("gan_loss", ["non_saturating", "hinge", "relativistic"])
 def test_the_step_equals_one_written_by_hand(gan_loss, accumulation):
     config = PruneConfig(target_token_num=200, disc_dim=8, disc_max_accuracy=1.0, disc_lr=1e-2, gan_loss=gan_loss)
     batches = [(features(2 * i), features(2 * i + 1)) for i in range(4)]
@@ -119,12 +123,45 @@ def test_the_step_equals_one_written_by_hand(gan_loss, accumulation):
         assert torch.allclose(ours, theirs, atol=1e-6), name
 
 
-def test_the_generator_term_moves_the_fake_and_not_the_discriminator():
-    adversary = Adversary(6, 2, CONFIG, torch.device("cpu"))
+@pytest.mark.parametrize("gan_loss", ["non_saturating", "hinge", "relativistic"])
+def test_the_generator_term_moves_the_fake_and_not_the_discriminator(gan_loss):
+    adversary = Adversary(6, 2, replace(CONFIG, gan_loss=gan_loss), torch.device("cpu"))
     fake = [x.requires_grad_() for x in features(1)]
-    adversary.generator_loss(fake, MASK, torch.ones(3)).backward()
+    adversary.generator_loss(features(0), fake, MASK, torch.ones(3)).backward()
     assert all(x.grad.abs().sum() > 0 for x in fake)
     assert all(p.grad is None and p.requires_grad for p in adversary.discriminator.parameters())
+
+
+def test_the_gradient_penalty_is_the_squared_gradient():
+    """D(x) = w . mean(x) has the gradient w / S at every position."""
+    weight, inputs = torch.tensor([3.0, 4.0]), [torch.randn(2, 5, 2, requires_grad=True) for _ in range(2)]
+    logits = sum((x.mean(1) * weight).sum(-1) for x in inputs)
+    penalty = gradient_penalty(logits, inputs, torch.tensor([1.0, 0.0]))
+    assert penalty == pytest.approx(0.5 * 2 * 25 / 5, rel=1e-5)
+
+
+def test_a_penalised_discriminator_is_flatter_and_still_learns():
+    real, fake = features(0), [x + 1 for x in features(1)]
+    slopes, accuracies = [], []
+    for penalty in (0.0, 3.0):
+        torch.manual_seed(0)
+        config = replace(CONFIG, gradient_penalty=penalty, gan_loss="relativistic")
+        adversary = Adversary(6, 2, config, torch.device("cpu"))
+        for _ in range(60):
+            metrics = adversary.accumulate(real, fake, MASK, torch.ones(3))
+            adversary.step()
+        inputs = [x.requires_grad_() for x in features(1)]
+        adversary.discriminator(inputs, MASK, noise=False).sum().backward()
+        slopes.append(sum(x.grad.square().sum() for x in inputs))
+        accuracies.append(metrics["d_acc_real"])
+    assert slopes[1] < slopes[0] / 2 and accuracies == [1.0, 1.0]
+
+
+def test_the_relativistic_loss_compares_within_a_sample():
+    real, fake = torch.tensor([5.0, -5.0]), torch.tensor([4.0, -6.0])
+    both = torch.ones(2)
+    assert generator_loss(fake, both, "relativistic", real) == pytest.approx(F.softplus(torch.tensor(1.0)))
+    assert discriminator_loss(real, fake, both, "relativistic") == pytest.approx(F.softplus(torch.tensor(-1.0)))
 
 
 def test_a_discriminator_that_is_too_good_rests():

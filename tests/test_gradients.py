@@ -46,11 +46,13 @@ def test_every_parameter_gets_a_gradient(llava, mode, checkpointing):
         assert gradient.abs().sum() > 0 or name.endswith("to_key.bias"), name
 
 
-@pytest.mark.parametrize("estimator", ["gumbel_soft", "gumbel_st", "sigmoid_st"])
+@pytest.mark.parametrize("estimator", ["gumbel_soft", "gumbel_st", "sigmoid_st", "topk_st"])
 def test_checkpointing_changes_no_gradient(tower_folder, estimator):
     from tiny import tiny_llava
 
-    config = PruneConfig.from_dict({**CONFIG.to_dict(), "estimator": estimator})
+    config = PruneConfig.from_dict(
+        {**CONFIG.to_dict(), "estimator": estimator, "selection": "topk" if "topk" in estimator else "threshold"}
+    )
     stored = gradients(tiny_llava(tower_folder), config, "soft", False)
     checkpointed = gradients(tiny_llava(tower_folder), config, "soft", True)
     for name, gradient in stored.items():

@@ -10,8 +10,10 @@ from llava_prune.masks import (
     estimate_mask,
     keep_probability,
     log_bias,
+    select_best,
     select_tokens,
     straight_through_selection,
+    topk_mask,
 )
 
 
@@ -104,3 +106,53 @@ def test_average_tokens_of_the_field():
     counts = torch.tensor([[288.0], [96.0], [28.0]])
     fraction = average_token_fraction(counts, torch.tensor([576]), (6, 12, 18), 32)
     assert float(fraction) * 576 == pytest.approx((6 * 576 + 6 * 288 + 6 * 96 + 14 * 28) / 32)
+
+
+def topk_case(seed, batch=3, tokens=12):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, tokens, 2, generator=generator, dtype=torch.float64)
+    alive = torch.rand(batch, tokens, generator=generator) < 0.8
+    counts = torch.tensor([(row.sum() * 0.5).long() for row in alive])
+    return logits, alive, counts
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.booleans())
+def test_topk_keeps_exactly_its_count_of_the_alive(seed, noise):
+    logits, alive, counts = topk_case(seed)
+    mask = topk_mask(logits, alive, counts, 0.5, noise)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0} and not mask[~alive].any()
+    assert torch.equal(mask.sum(-1).long(), counts)
+    if not noise:
+        assert torch.equal(mask.bool(), select_best(keep_probability(logits), alive, counts))
+
+
+def test_the_gradient_of_topk_is_that_of_the_soft_topk():
+    """Against differences of the soft mask, whose threshold is found anew for every change."""
+    logits, alive, counts = topk_case(1)
+    margin = (logits[..., 1] - logits[..., 0]).float()
+
+    def soft(values):
+        from llava_prune.masks import _soft_threshold
+
+        return torch.sigmoid(values / 0.5 - _soft_threshold(values / 0.5, alive, counts)) * alive
+
+    weights = torch.randn(margin.shape, generator=torch.Generator().manual_seed(2))
+    leaf = logits.float().requires_grad_()
+    (topk_mask(leaf, alive, counts, 0.5, noise=False) * weights).sum().backward()
+    assert (soft(margin).sum(-1) - counts).abs().max() < 1e-3
+    for sample, token in [(0, 1), (1, 4), (2, 7)]:
+        step = torch.zeros_like(margin)
+        step[sample, token] = 0.05
+        slope = ((soft(margin + step) - soft(margin - step)) * weights).sum() / 0.1
+        assert leaf.grad[sample, token, 1].item() == pytest.approx(slope.item(), abs=5e-3)
+        assert leaf.grad[sample, token, 0].item() == pytest.approx(-slope.item(), abs=5e-3)
+
+
+def test_topk_of_all_has_no_gradient_to_lose():
+    logits, alive, _ = topk_case(3)
+    leaf = logits.float().requires_grad_()
+    mask = topk_mask(leaf, alive, alive.sum(-1), 0.5)
+    assert torch.equal(mask.bool(), alive)
+    mask.sum().backward()
+    assert torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() < 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from .. import compat
 from ..config import PruneConfig
 from ..patch import PruneHandle, Pruners
 from ..placeholders import Shrinking
+from ..scoring import LayerView
 from .decoder import DecoderBaseline
 from .features import FeatureBaseline
 
@@ -44,6 +46,12 @@ class BaselineHandle(PruneHandle):
     def layer_budget(self, tokens: int, images: int) -> tuple[int, ...]:
         """Tokens that each pruning layer keeps of a sample with `tokens` vision tokens."""
         return self.method.counts(tokens, self.average_tokens * images)
+
+    @property
+    def watchers(self) -> dict[int, Callable[[LayerView], None]]:
+        """The layer that the method watches."""
+        watched = getattr(self.method, "watched", None)
+        return {} if watched is None else {watched: self.method.watch}
 
     def _attach(self) -> None:
         super()._attach()

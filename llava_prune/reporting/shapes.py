@@ -64,6 +64,19 @@ class ModelShape:
 SHAPES = {
     "llava-1.5-7b": ModelShape(hidden=4096, intermediate=11008, layers=32, heads=32),
     "llava-1.5-13b": ModelShape(hidden=5120, intermediate=13824, layers=40, heads=40),
+    # for tests and for trying a command out: it measures nothing that matters
+    "tiny": ModelShape(
+        hidden=64,
+        intermediate=128,
+        layers=32,
+        heads=4,
+        vocabulary=512,
+        vision_hidden=32,
+        vision_intermediate=64,
+        vision_layers=2,
+        vision_heads=2,
+        image=336,
+    ),
 }
 
 

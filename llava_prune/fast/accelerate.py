@@ -1,0 +1,355 @@
+"""`accelerate(model)`: prefill and decoding of the decoder in CUDA graphs, under `model.generate` as it is.
+
+The decoder's `forward` is bound, and nothing else: `generate`, a pipeline, LLaVA's own programs and every search and
+sampling strategy go on as they are, with or without pruners. One call switches it on and its handle off, so a model
+that was loaded anywhere can be accelerated, which an option of `attach_pruners` could not offer for origin.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import compat
+from ..forward import marked, placed
+from ..layout import TokenLayout
+from ..patch import PruneHandle, handle_of
+from ..state import ForwardRecord
+from .arena import Arena
+from .cache import REFUSAL, cache_class
+from .generation import Caches, Generation, capacities, decode
+from .graphs import Graphs
+from .prompt import Prompt, Widths
+from .stages import Stage, StageRows
+from .suited import call_reason, decoder_reason, device_reason
+
+_FAST = "llava_prune_fast"
+
+
+class SampleSize(NamedTuple):
+    """Tokens of one sample, as plain numbers."""
+
+    rows: int
+    vision: int
+    question: int
+    images: int
+
+    @property
+    def text(self) -> int:
+        """Rows that are not vision."""
+        return self.rows - self.vision
+
+
+def accelerate(
+    model: nn.Module, room: int = 64, bucket: int = 32, max_graphs: int = 128, emulate: bool = False
+) -> FastHandle:
+    """Run the decoder of a LLaVA model in CUDA graphs, in place: in modes origin and hard, wherever `generate` runs.
+
+    What graphs can not do (masked and soft mode, hooks, LoRA that is not merged, quantised layers, attentions as
+    output, a CPU) runs on the plain path, with one warning a reason. Generations share their key-value memory, so a
+    cache is valid until the next prefill.
+
+    Args:
+        model: with or without pruners; they may be attached, changed and detached later.
+        room: new tokens that a key-value cache has room for at first; it doubles when they are used up.
+        bucket: rows and vision tokens are rounded up to multiples of this, one graph for each.
+        max_graphs: graphs kept at the most.
+        emulate: run the same code without graphs where there is no CUDA device, for tests.
+
+    Returns:
+        A handle with `.remove()`, also usable as `with accelerate(model):`.
+
+    Raises:
+        ValueError: the model has no Llama decoder, or is accelerated already.
+    """
+    return FastHandle(model, room, bucket, max_graphs, emulate)
+
+
+def _sizes(layout: TokenLayout) -> tuple[list[SampleSize], bool]:
+    """Sizes of every sample, and whether each one's last position is valid; one device sync."""
+    counts = [layout.valid.sum(-1), layout.vision.sum(-1), layout.question.sum(-1), layout.num_images]
+    rows = torch.stack([*counts, layout.valid[:, -1].long()], -1).tolist()
+    return [SampleSize(*row[:-1]) for row in rows], all(row[-1] for row in rows)
+
+
+def _text_alone(mask: Tensor | None, batch: int, length: int, device: torch.device) -> TokenLayout:
+    """The layout of prompts in which nothing is pruned."""
+    valid = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.bool()
+    none = torch.zeros_like(valid)
+    images = valid.new_zeros(batch, dtype=torch.long)
+    filler = (images[:, None], none[:, :1])
+    return TokenLayout(valid, none, none, None, images, *filler, *filler, has_vision=False)
+
+
+class FastHandle:
+    """What `accelerate` returns.
+
+    Attributes:
+        decoder: the module whose forward is bound.
+        graphs, arena: what runs and where keys and values lie; both are bounded, by `max_graphs` and by the largest
+            batch so far.
+    """
+
+    def __init__(self, model: nn.Module, room: int, bucket: int, max_graphs: int, emulate: bool):
+        self.decoder = compat.find_decoder(model)
+        if _FAST in self.decoder.__dict__:
+            raise ValueError("this model is accelerated already: call remove() on the handle that accelerate returned")
+        self.room, self.bucket, self.emulate = room, bucket, emulate
+        self.graphs = Graphs(compat.execution_device(self.decoder.layers[0]), max_graphs)
+        self.arena: Arena | None = None
+        self._original = self.decoder.forward
+        self._bind = compat.bind_arguments(self._original)
+        self._cache_class = cache_class()
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._prompts: dict[Any, Prompt] = {}
+        self._buffers: dict[Any, Tensor] = {}
+        self._live: Generation | None = None
+        self._weights: Any = None
+        self._said: set[str] = set()
+        self.decoder.__dict__[_FAST] = self
+        self.decoder.forward = MethodType(lambda _decoder, *args, **kwargs: self(*args, **kwargs), self.decoder)
+
+    def remove(self) -> None:
+        """The plain path again; safe to call twice."""
+        if self.decoder.__dict__.pop(_FAST, None) is self:
+            del self.decoder.forward
+        self._forget()
+
+    def __enter__(self) -> FastHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+    def _forget(self) -> None:
+        self.graphs.clear()
+        self._prompts.clear()
+        self._buffers.clear()
+        self._live = self._tables = self.arena = None
+
+    # ---- one call of the decoder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The decoder's forward."""
+        call = self._bind(args, kwargs)
+        cache = compat.cache_of(call)
+        if isinstance(cache, self._cache_class):
+            return self._decode(call, cache)
+        prune = handle_of(self.decoder)
+        if not self._begins_to_generate(call, cache, prune):
+            return self._original(*args, **kwargs)
+        reason = self._why_not(call, prune)
+        output = None if reason else self._prefill(call, prune)
+        if output is None:
+            self._say(reason or "prompts are padded on the right, where the stock model would go on from the padding")
+            return self._original(*args, **kwargs)
+        return output
+
+    def _say(self, reason: str) -> None:
+        """Warn, once a reason."""
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"llava_prune.accelerate: {reason}; the plain path is used", stacklevel=2)
+
+    def _begins_to_generate(self, call: dict[str, Any], cache: Any, prune: PruneHandle | None) -> bool:
+        """Whether this is a prefill with a cache, in a mode that inference uses."""
+        use_cache = call.get("use_cache")
+        if not (self.decoder.config.use_cache if use_cache is None else use_cache) or torch.is_grad_enabled():
+            return False
+        if compat.cache_length(cache, 0):
+            return False
+        return prune is None or prune.state.record is None or prune.state.record.mode in ("origin", "hard")
+
+    def _why_not(self, call: dict[str, Any], prune: PruneHandle | None) -> str | None:
+        embeds = call.get("inputs_embeds")
+        device = compat.execution_device(self.decoder.layers[0]) if embeds is None else embeds.device
+        own = set() if prune is None else prune.hook_ids
+        return (
+            device_reason(device, self.emulate)
+            or decoder_reason(self.decoder, own)
+            or call_reason(call, self.decoder.config)
+        )
+
+    # ---- prefill
+
+    def _prefill(self, call: dict[str, Any], prune: PruneHandle | None) -> Any:
+        """The decoder's output, None for prompts that end in padding."""
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        embeds = call.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.decoder.embed_tokens(call["input_ids"])
+        batch, length = embeds.shape[:2]
+        self._renew(embeds, prune)
+        record = None if prune is None else prune.state.record
+        pruned = record is not None and record.mode == "hard" and bool(prune.scorers)
+        layout = record.layout if pruned else _text_alone(call.get("attention_mask"), batch, length, embeds.device)
+        sizes, complete = _sizes(layout)
+        if not complete:
+            return None
+        position = call.get("position_ids")
+        if position is None:
+            position = torch.arange(length, device=embeds.device)[None]
+        budgets = [prune.layer_budget(row.vision, row.images) if pruned else None for row in sizes]
+        counts = None if budgets[0] is None else torch.tensor(budgets, device=embeds.device).T
+        prompt = self._fixed(Prompt.pack(embeds, position.expand(batch, -1), layout, self._widths(sizes), counts))
+        caches, last = self._run(prompt, sizes, budgets, prune if pruned else None)
+        self._live = Generation(caches, length)
+        index = prompt.index.gather(1, last.source).masked_fill(~last.valid, length)
+        full = last.hidden.new_zeros(batch, length + 1, last.hidden.shape[-1])
+        full = full.scatter(1, index[..., None].expand_as(last.hidden), last.hidden)[:, :length]
+        return BaseModelOutputWithPast(last_hidden_state=full, past_key_values=self._cache_class(self._live))
+
+    def _rounded(self, size: int) -> int:
+        return max(-(-size // self.bucket), 1) * self.bucket
+
+    def _widths(self, sizes: list[SampleSize]) -> Widths:
+        rows = self._rounded(max(row.rows for row in sizes))
+        vision, question = max(row.vision for row in sizes), max(row.question for row in sizes)
+        return Widths(rows, min(self._rounded(vision), rows), min(self._rounded(question), rows))
+
+    def _renew(self, embeds: Tensor, prune: PruneHandle | None) -> None:
+        """Forget graphs of other weights or other pruners, and make what all calls share."""
+        ends = [next(module.parameters()).data_ptr() for module in (self.decoder.layers[0], self.decoder.norm)]
+        weights = (prune, *ends, embeds.dtype)
+        if weights != self._weights:
+            self._forget()
+            self._weights = weights
+        if self.arena is None:
+            attention = self.decoder.layers[0].self_attn
+            heads = attention.k_proj.out_features // attention.head_dim
+            self.arena = Arena(heads, attention.head_dim, embeds.dtype, embeds.device)
+            self._tables = compat.position_tables(self.decoder, embeds)
+
+    def _fixed(self, packed: Prompt) -> Prompt:
+        """The same batch in the buffers of its shapes."""
+        key = packed.shapes()
+        if key in self._prompts:
+            self._prompts[key].copy_(packed)
+        return self._prompts.setdefault(key, packed)
+
+    def _stages(self, prune: PruneHandle | None) -> list[Stage]:
+        layers, norm = self.decoder.layers, self.decoder.norm
+        if prune is None:
+            return [Stage(0, len(layers), layers, norm, self._tables, None, {})]
+        bounds = [0, *sorted(prune.scorers), len(layers)]
+        return [
+            Stage(start, end, layers, norm, self._tables, prune.layer_forwards.get(end), prune.watchers)
+            if end in prune.scorers
+            else Stage(start, end, layers, norm, self._tables, None, {})
+            for start, end in zip(bounds, bounds[1:], strict=False)
+        ]
+
+    def _run(
+        self, prompt: Prompt, sizes: list[SampleSize], budgets: list[Any], prune: PruneHandle | None
+    ) -> tuple[Caches, StageRows]:
+        """All stages, one after the other; the last one's rows are those of a graph, to be read at once."""
+        batch, stages = len(sizes), self._stages(prune)
+        spans = tuple(stage.end - stage.start for stage in stages)
+        rows, vision = prompt.hidden.shape[1], prompt.layout.vision_index.shape[1]
+        before: StageRows | None = None
+        widths: tuple[int, ...] = ()
+        lengths = []
+        for number, stage in enumerate(stages):
+            widths += (rows,)
+            layer_rows = capacities(spans[: number + 1], widths, self.room)
+            if self.arena.reserve(batch, sum(layer_rows)):
+                self.graphs.clear()
+            views = self.arena.views(batch, layer_rows)
+            counts = None if prompt.counts is None or stage.decision is None else prompt.counts[number]
+            call = partial(stage, prompt, before, rows, vision, counts, views[stage.start :])
+            # what a graph reads is told by its identity: the graph holds on to it, so no other can take that over
+            key = ("prompt", id(prompt), id(before), widths, vision)
+            replay = self.graphs.get(key, call)
+            before = replay()
+            lengths.append(before.lengths.clone())
+            if stage.decision is not None:
+                self._note(prune.state.record, stage.end, prompt, before)
+                if counts is None:
+                    kept = before.kept.tolist()
+                else:
+                    kept = [size.text + budget[number] for size, budget in zip(sizes, budgets, strict=True)]
+                most = max(own - size.text for own, size in zip(kept, sizes, strict=True))
+                rows = min(self._rounded(max(kept)), rows)
+                vision = min(self._rounded(most), rows)
+        start, held = (self._buffer(name, torch.stack(lengths)) for name in ("start", "held"))
+        return Caches(spans, widths, self.room, start, held, views), before
+
+    @staticmethod
+    def _note(record: ForwardRecord, layer: int, prompt: Prompt, rows: StageRows) -> None:
+        """Write down what was kept, in the order of each sample's vision tokens."""
+        layout, index, width = record.layout, prompt.layout.vision_index, prompt.hidden.shape[1]
+        tokens = layout.vision_valid.shape[1]
+
+        def of_vision(values: Tensor) -> Tensor:
+            return values.gather(1, index)[:, :tokens]
+
+        record.kept[layer] = of_vision(marked(rows.source, rows.keep, width)) & layout.vision_valid
+        if rows.probability is not None:
+            values = placed(rows.source, rows.probability, ~rows.probability.isnan(), width)
+            record.probabilities[layer] = of_vision(values).masked_fill(~layout.vision_valid, float("nan"))
+
+    # ---- decoding
+
+    def _decode(self, call: dict[str, Any], cache: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        generation = cache.generation
+        reason = call_reason(call, self.decoder.config)
+        if reason is not None:
+            raise ValueError(REFUSAL.format(f"go on where {reason}"))
+        if generation is not self._live:
+            raise ValueError(
+                "this key-value cache is of another generation than the latest, whose memory it shared: prefill the "
+                "whole prompt again"
+            )
+        embeds = call.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.decoder.embed_tokens(call["input_ids"])
+        batch, tokens = embeds.shape[:2]
+        caches = self._with_room(generation, tokens)
+        position = call.get("position_ids")
+        if position is None:
+            seen = generation.prompt_length + generation.new
+            position = torch.arange(seen, seen + tokens, device=embeds.device)[None]
+        end = generation.new + tokens
+        blocked = torch.zeros(batch, caches.room, dtype=torch.bool, device=embeds.device)
+        if call.get("attention_mask") is not None:
+            blocked[:, :end] = ~call["attention_mask"][:, -end:].bool()
+        fixed = (
+            self._buffer("embeds", embeds),
+            self._buffer("position", position.expand(batch, -1)),
+            self._buffer("blocked", blocked),
+        )
+        run = partial(decode, self.decoder.layers, self.decoder.norm, self._tables, caches, *fixed)
+        if tokens == 1:
+            key = ("token", batch, caches.spans, caches.widths, caches.room)
+            hidden = self.graphs.get(key, run)()[0].clone()
+        else:
+            (hidden,) = run()
+        caches.held.add_(tokens)
+        generation.new = end
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+    def _with_room(self, generation: Generation, tokens: int) -> Caches:
+        """The generation's caches with room for so many more tokens, by doubling."""
+        room = generation.caches.room
+        while room < generation.new + tokens:
+            room *= 2
+        if room != generation.caches.room:
+            generation.caches, moved = generation.caches.widened(self.arena, room)
+            if moved:
+                self.graphs.clear()
+        return generation.caches
+
+    def _buffer(self, name: str, values: Tensor) -> Tensor:
+        """`values` in the memory that graphs read under this name and shape."""
+        key = (name, values.shape)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(values, memory_format=torch.contiguous_format)
+        return self._buffers[key].copy_(values)

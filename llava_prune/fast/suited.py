@@ -1,0 +1,68 @@
+"""Whether a decoder, or one call of it, can run in graphs; where not, the reason in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MOVING_ROTARY = ("dynamic", "longrope")  # tables that depend on the length
+
+
+def decoder_reason(decoder: nn.Module, own_hooks: set[int]) -> str | None:
+    """Why a decoder can not run in graphs, or None.
+
+    Args:
+        own_hooks: ids of the hooks on its layers that the graphs know of.
+    """
+    if decoder.training:
+        return "the model is in training mode"
+    for layer in decoder.layers:
+        for name, module in layer.named_modules():
+            if hasattr(module, "_hf_hook"):
+                return "accelerate moves its layers between devices"
+            hooks = {*module._forward_pre_hooks, *module._forward_hooks}
+            if hooks - own_hooks:
+                return f"{name or 'a decoder layer'} has forward hooks, which a replayed graph would pass by"
+            if name.rpartition(".")[2] in PROJECTIONS and type(module) is not nn.Linear:
+                return (
+                    f"{name} is a {type(module).__module__}.{type(module).__name__}: merge LoRA "
+                    "(model.merge_and_unload()), and load the base unquantised"
+                )
+    config = decoder.config
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in MOVING_ROTARY:
+        return f"its rotary embedding is {kind!r}, whose tables depend on the length"
+    if getattr(config, "pretraining_tp", 1) != 1:
+        return "pretraining_tp is not 1"
+    return None
+
+
+def device_reason(device: torch.device, emulate: bool) -> str | None:
+    """Why a device can not replay graphs, or None."""
+    if device.type != "cuda" and not emulate:
+        return "there are no CUDA graphs on a CPU"
+    if not hasattr(torch.nn.attention, "SDPBackend") or "enable_gqa" not in (
+        torch.nn.functional.scaled_dot_product_attention.__doc__ or ""
+    ):
+        return (
+            f"torch {torch.__version__} has no grouped queries in scaled_dot_product_attention: install 2.5 or newer"
+        )
+    return None
+
+
+def call_reason(call: dict[str, Any], config: Any) -> str | None:
+    """Why one call of the decoder asks for what graphs do not give, or None."""
+    for name in ("output_attentions", "output_hidden_states"):
+        value = call.get(name)
+        if value or (value is None and getattr(config, name, False)):
+            return f"{name} is asked for"
+    mask = call.get("attention_mask")
+    if mask is not None and mask.dim() != 2:
+        return f"the attention mask has {mask.dim()} dimensions, not (batch, length)"
+    if call.get("return_dict") is False:
+        return "return_dict is False"
+    return None
