@@ -118,7 +118,7 @@ class HfChat:
         if not isinstance(vision.image_size, int) or vision.model_type == "pixtral":
             raise ValueError(
                 f"tokens of the vision tower {vision.model_type!r} can not be drawn: supported are towers with a "
-                "square input (CLIP, SigLIP)"
+                "square input (CLIP, SigLIP, DINOv2)"
             )
         tower = Tower(vision.image_size, vision.patch_size)
         if config.model_type == "llava":

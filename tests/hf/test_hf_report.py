@@ -26,7 +26,7 @@ TINY = ModelShape(
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dino"])
 def test_every_line_is_what_the_torch_counter_counts(kind):
     model = tiny(kind)
     handle = attach_pruners(model, replace(SETTINGS, use_attn_residual=kind == "onevision"))
