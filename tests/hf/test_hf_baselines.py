@@ -75,8 +75,9 @@ def test_fewer_features_go_in_and_the_prompt_stays_as_it_was(name, kind, padding
         with prune_mode(model, "masked"):
             assert torch.equal(generate(model, batch), answers)
         assert torch.equal(answers[:, : batch["input_ids"].shape[1]], batch["input_ids"])
-        end = torch.tensor([model.generation_config.eos_token_id])  # which the least length forbids
-        assert torch.equal(answers[:, batch["input_ids"].shape[1]], together[:, -1].index_fill(-1, end, -9e9).argmax(-1))
+        first = together[:, -1].clone()
+        first[:, model.generation_config.eos_token_id] = -torch.inf  # which the least length forbids
+        assert torch.equal(answers[:, batch["input_ids"].shape[1]], first.argmax(-1))
     detach_pruners(model)
     assert torch.equal(logits(model, batch), stock) and "generate" not in model.__dict__
 

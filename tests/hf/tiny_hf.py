@@ -45,7 +45,7 @@ def text_config(kind="llama", layers=6, hidden=32, heads=4, **extra):
 
 
 def tiny(kind="llava", attention="sdpa", layers=6, seed=0, **text):
-    """A random model in eval mode, fp32: `llava` and `dino` have 16 vision tokens an image, the others depend on it."""
+    """A random model in eval mode, fp32: `llava` and `dino` have 16 vision tokens an image, of others it depends."""
     torch.manual_seed(seed)
     tower = {
         "hidden_size": 24,

