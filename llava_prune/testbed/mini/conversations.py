@@ -1,7 +1,8 @@
 """What mini's base is trained on: endless conversations, as token ids made on CPU workers, about pictures to paint.
 
-A conversation asks as many questions about its picture as fit, so that the picture's tokens are paid for once. Listings
-("What is in row 2?" - "red circle, star, ...") are of training alone: every token of theirs tells what lies where.
+A conversation asks as many questions about its picture as fit, so that the picture's tokens are paid for once.
+Listings ("What is in row 2?" - "red circle, star, ...") are of training alone: each of their tokens tells what lies
+where.
 """
 
 from __future__ import annotations

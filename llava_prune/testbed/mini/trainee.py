@@ -1,0 +1,91 @@
+"""The sequence that LLaVA would build of a conversation about one picture, at fixed lengths, for training the base."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..mosaic import resize
+from ..pictures import Pictures
+from .conversations import WHOLE, Batch
+from .size import MiniSize
+
+
+class Tiles:
+    """Pictures on the device, at the size that the cells of each grid have.
+
+    Args:
+        pictures: easy-VQA's, and after them those of words.
+        mirrored: the first so many may be mirrored, which leaves their labels what they are.
+        size: pixels and grids.
+        device: where they go.
+    """
+
+    def __init__(self, pictures: Pictures, mirrored: int, size: MiniSize, device: torch.device):
+        self.mirrored = mirrored
+        self.by_grid = {}
+        for grid in (size.grid, *size.other_grids, WHOLE):
+            count = mirrored if grid == WHOLE else len(pictures.images)
+            tiles = np.ascontiguousarray(resize(pictures.images[:count], size.cell(grid)).transpose(0, 3, 1, 2))
+            self.by_grid[grid] = torch.from_numpy(tiles).to(device)
+
+
+class Trainee(nn.Module):
+    """A `LlavaForConditionalGeneration` that answers conversations of equal length.
+
+    Args:
+        model: the model.
+        opening: ids before the picture.
+        tune_tower: whether the vision tower gets a gradient.
+    """
+
+    def __init__(self, model: nn.Module, opening: list[int], tune_tower: bool):
+        super().__init__()
+        self.model, self.tune_tower = model, tune_tower
+        self.register_buffer("opening", torch.tensor(opening), persistent=False)
+
+    def forward(self, pixels: Tensor, ids: Tensor, places: Tensor) -> Tensor:
+        """Logits that predict the answers' tokens.
+
+        Args:
+            pixels: (B, 3, H, W), normalised.
+            ids: (B, T) the text after the picture.
+            places: (M,) positions in `ids`, flattened, none of them the first of a row.
+
+        Returns:
+            (M, vocabulary).
+        """
+        core = self.model.model
+        with nullcontext() if self.tune_tower else torch.no_grad():
+            layer = self.model.config.vision_feature_layer
+            features = core.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
+        embed = self.model.get_input_embeddings()
+        text = embed(ids)
+        vision = core.multi_modal_projector(features).to(text.dtype)
+        embeds = torch.cat([embed(self.opening).expand(len(ids), -1, -1), vision, text], dim=1)
+        hidden = core.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        predicting = hidden[:, -ids.shape[1] - 1 : -1].flatten(0, 1)
+        return self.model.lm_head(predicting.index_select(0, places))
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean cross-entropy of the answers' tokens."""
+        return functional.cross_entropy(logits.float(), batch.ids.flatten().index_select(0, batch.places))
+
+    @staticmethod
+    def right(logits: Tensor, batch: Batch) -> Tensor:
+        """(turns,) bool, whether every token of a turn's answer is the likeliest."""
+        hit = logits.argmax(-1) == batch.ids.flatten().index_select(0, batch.places)
+        turns = torch.ones(len(batch.kinds), dtype=torch.long, device=hit.device)
+        return turns.scatter_reduce(0, batch.turns, hit.long(), "amin").bool()
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile the layers of the decoder and of the tower one by one: each kind once, which takes seconds."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                layer.compile()
