@@ -120,7 +120,7 @@ def pruner_flops(config: PruneConfig, shape: DecoderShape, vision: Tensor, text:
     """
     d, r, p = shape.hidden, config.pruner_rank, config.pruner_dim
     vision, text, question = vision.double().cpu(), text.double().cpu(), question.double().cpu()
-    context = question + 1  # a learned token stands beside the question
+    context = question * config.use_question + 1  # a learned token stands beside the question
     total = torch.zeros_like(text)
     for layer in config.pruning_layers:
         n = vision[:, layer - 1]  # what enters the pruner is what the layer before had

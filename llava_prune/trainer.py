@@ -49,6 +49,9 @@ class PruneTrainerMixin:
         self.prune: PruneConfig = args.prune
         set_seed(args.seed)  # the host seeds later than the pruners are made
         self.prune_handle = attach_pruners(model, self.prune)
+        if (args.bf16 or args.fp16) and not args.deepspeed:
+            # DeepSpeed keeps fp32 copies of what it trains; without it steps would be lost in half precision's rounding
+            self.prune_handle.pruners.float()
         state = self.prune_handle.state
         num_layers = self.prune_handle.num_layers
         if self.prune.alignment == "kl":

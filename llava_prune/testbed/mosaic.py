@@ -76,9 +76,7 @@ class MosaicSampler:
         return Mosaic(pictures, tuple(labels), tuple(spoken))
 
 
-def paint(
-    pictures: Pictures, mosaic: Mosaic, grid: tuple[int, int], cell: int, side: int | None = None
-) -> np.ndarray:
+def paint(pictures: Pictures, mosaic: Mosaic, grid: tuple[int, int], cell: int, side: int | None = None) -> np.ndarray:
     """The pixels of `mosaic`.
 
     Args:
@@ -123,4 +121,3 @@ def check_grid(grid: tuple[int, int], cell: int = 1) -> None:
         raise ValueError(f"grid is {tuple(grid)}, expected rows and columns, each at least 1")
     if cell < 1:
         raise ValueError(f"cell is {cell}, expected a side of at least 1 pixel")
-

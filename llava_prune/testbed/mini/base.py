@@ -167,7 +167,9 @@ class _Run:
     def _optimizer(self, stage: str) -> torch.optim.Optimizer:
         core = self.model.model
         self.model.requires_grad_(False)
-        groups = [(core.multi_modal_projector, self.settings.projector_lr if stage == "projector" else self.settings.lr)]
+        groups = [
+            (core.multi_modal_projector, self.settings.projector_lr if stage == "projector" else self.settings.lr)
+        ]
         if stage != "projector":
             groups += [(core.language_model.layers, self.settings.lr), (core.language_model.norm, self.settings.lr)]
             if self.settings.tune_tower:
@@ -193,9 +195,7 @@ class _Run:
 
     def _pixels(self, batch: Batch, flip: bool) -> torch.Tensor:
         images = self.tiles.by_grid[batch.grid]
-        return paint_batch(
-            images, batch.cells, self.images, flip, batch.grid, self.size.pixels, self.tiles.mirrored
-        )
+        return paint_batch(images, batch.cells, self.images, flip, batch.grid, self.size.pixels, self.tiles.mirrored)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")

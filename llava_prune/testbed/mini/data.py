@@ -1,12 +1,12 @@
 """The files that pruners are trained on and methods are compared on.
 
-    DIR/train.json, DIR/images/train/       mosaics of easy-VQA's train split and of words; some questions share one
-    DIR/test.jsonl, DIR/test_answers.jsonl  mosaics of its test split and of other copies of the words
-    DIR/<set>.jsonl, DIR/<set>_answers.jsonl, DIR/images/<set>/   the same for every transfer set:
-        4x4, ...   other grids
-        wordings   questions asked in words that nothing was trained on
-        plain      one picture of easy-VQA's test split over the whole, the package's own question and answer
-    DIR/mini.json                           the parameters, written last
+DIR/train.json, DIR/images/train/       mosaics of easy-VQA's train split and of words; some questions share one
+DIR/test.jsonl, DIR/test_answers.jsonl  mosaics of its test split and of other copies of the words
+DIR/<set>.jsonl, DIR/<set>_answers.jsonl, DIR/images/<set>/   the same for every transfer set:
+    4x4, ...   other grids
+    wordings   questions asked in words that nothing was trained on
+    plain      one picture of easy-VQA's test split over the whole, the package's own question and answer
+DIR/mini.json                           the parameters, written last
 """
 
 from __future__ import annotations

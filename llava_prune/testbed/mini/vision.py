@@ -71,9 +71,7 @@ def read_onnx(path: Path) -> dict[str, Tensor]:
 
     graph = onnx.load(str(path)).graph
     values = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
-    weights = {
-        name.removeprefix(BACKBONE): value for name, value in values.items() if name.startswith(BACKBONE)
-    }
+    weights = {name.removeprefix(BACKBONE): value for name, value in values.items() if name.startswith(BACKBONE)}
     for node in graph.node:
         module = re.fullmatch(rf"/backbone/(encoder/layer\.\d+/.+)/{node.op_type}", node.name)
         if node.op_type == "MatMul" and module and node.input[1] in values:
@@ -94,4 +92,3 @@ def resized(positions: Tensor, side: int) -> Tensor:
     if side != patches.shape[-1]:
         patches = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], 1)
-
