@@ -50,7 +50,7 @@ class PruneTrainerMixin:
         set_seed(args.seed)  # the host seeds later than the pruners are made
         self.prune_handle = attach_pruners(model, self.prune)
         if (args.bf16 or args.fp16) and not args.deepspeed:
-            # DeepSpeed keeps fp32 copies of what it trains; without it steps would be lost in half precision's rounding
+            # DeepSpeed keeps fp32 copies of what it trains; without it small steps would be rounded away
             self.prune_handle.pruners.float()
         state = self.prune_handle.state
         num_layers = self.prune_handle.num_layers

@@ -138,7 +138,6 @@ class _Run:
         """One stage; a line in `log` now and then."""
         settings = self.settings
         optimizer = self._optimizer(stage)
-        # None where the gradient is not wanted: a frozen projector alone would still keep the decoder's activations
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         minutes = settings.projector_minutes if stage == "projector" else settings.minutes
         began = reported = time.monotonic()
