@@ -24,6 +24,7 @@ from ..words import with_words
 from .size import MiniSize
 from .wordings import HELD_OUT, TRAINED
 
+RECORD = "mini.json"
 WHOLE = (1, 1)
 
 
@@ -51,7 +52,7 @@ def transfer_sets(size: MiniSize) -> list[str]:
 
 def write_data(out: Path, size: MiniSize, amounts: DataAmounts) -> Path:
     """Writes the files listed above, unless they are there, and returns `out`; it exists."""
-    record, parameters = out / "mini.json", {"size": size.name, **asdict(amounts)}
+    record, parameters = out / RECORD, {"size": size.name, **asdict(amounts)}
     if record.is_file() and json.loads(record.read_text()) == parameters:
         return out
     record.unlink(missing_ok=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from .ablations import MAIN
 from .base import BaseTraining, train_base
 from .comparisons import Comparison, plan_comparison
-from .data import DataAmounts, transfer_sets, write_data
+from .data import RECORD, DataAmounts, transfer_sets, write_data
 from .jobs import run_jobs
 from .keys import BASE, DATA, content, digest, sources
 from .packages import DINOV2, SMOLLM2
@@ -73,22 +75,28 @@ class Mini:
     # ---- base and data
 
     def prepare(self) -> None:
-        """Base and data, unless they are there."""
-        if not self.base.is_dir():
-            staging = self.out / ".base"
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            result = train_base(staging, self.size, self.base_training)
-            staging.rename(self.base)
-            self.times |= {f"base: {name}": seconds for name, seconds in result["seconds"].items()}
-            print(
-                f"{self.base}: {result['accuracy']['all']:.2%} of held-back questions are answered right", flush=True
-            )
-        began = time.monotonic()
-        self.data.mkdir(exist_ok=True)
-        write_data(self.data, self.size, self.amounts)
-        self.times["data"] = time.monotonic() - began
+        """Base and data, unless they are there; the data are written by another process while the base trains."""
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            written = None
+            if not (self.data / RECORD).is_file():
+                self.data.mkdir(exist_ok=True)
+                written = pool.submit(write_data, self.data, self.size, self.amounts)
+            if not self.base.is_dir():
+                self._make_base()
+            began = time.monotonic()
+            if written is not None:
+                written.result()
+        self.times["waiting for data"] = time.monotonic() - began
         self.base_key = content(self.base / "model.safetensors")
+
+    def _make_base(self) -> None:
+        staging = self.out / ".base"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        result = train_base(staging, self.size, self.base_training)
+        staging.rename(self.base)
+        self.times |= {f"base: {name}": seconds for name, seconds in result["seconds"].items()}
+        print(f"{self.base}: {result['accuracy']['all']:.2%} of held-back questions are answered right", flush=True)
 
     # ---- trainings and comparisons
 

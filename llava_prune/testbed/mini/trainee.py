@@ -63,10 +63,12 @@ class Trainee(nn.Module):
         with nullcontext() if self.tune_tower else torch.no_grad():
             layer = self.model.config.vision_feature_layer
             features = core.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
-        embed = self.model.get_input_embeddings()
-        text = embed(ids)
-        vision = core.multi_modal_projector(features).to(text.dtype)
-        embeds = torch.cat([embed(self.opening).expand(len(ids), -1, -1), vision, text], dim=1)
+        vision, embed = core.multi_modal_projector(features), self.model.get_input_embeddings()
+        text = embed(torch.cat([self.opening.expand(len(ids), -1), ids], 1)).to(
+            vision.dtype
+        )  # autocast's, if it is on
+        before, after = text.split([len(self.opening), ids.shape[1]], dim=1)
+        embeds = torch.cat([before, vision, after], dim=1)
         hidden = core.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         predicting = hidden[:, -ids.shape[1] - 1 : -1].flatten(0, 1)
         return self.model.lm_head(predicting.index_select(0, places))
@@ -84,8 +86,8 @@ class Trainee(nn.Module):
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile the layers of the decoder and of the tower one by one: each kind once, which takes seconds."""
+    """Compile the layers of the decoder and of the tower one by one: a program for each kind, which takes seconds."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for layer in module:
-                layer.compile()
+                layer.compile(dynamic=False)
