@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 
 from .pictures import Pictures
-from .questions import KINDS, WORD_KINDS, WORDINGS, Label, answer, compose, subjects, wording
+from .questions import ALL_WORDINGS, KINDS, WORD_KINDS, Label, answer, compose, subjects, wording
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MosaicSampler:
         groups: dict[Label, list[int]],
         grid: tuple[int, int],
         rng: Random,
-        wordings: Mapping[str, Sequence[str]] = WORDINGS,
+        wordings: Mapping[str, Sequence[str]] = ALL_WORDINGS,
     ):
         check_grid(grid)
         self.groups, self.grid, self.rng, self.wordings = groups, grid, rng, wordings

@@ -43,6 +43,7 @@ WORD_WORDINGS = {
     "word_row": ("Which row is the word {} in?", "In which row is the word {}?"),
     "word_column": ("Which column is the word {} in?", "In which column is the word {}?"),
 }
+ALL_WORDINGS = {**WORDINGS, **WORD_WORDINGS}
 
 
 def compose(kind: str, cells: int, rng: Random, words: Sequence[str] = ()) -> tuple[list[Label], Subject]:
@@ -132,7 +133,7 @@ def answer(kind: str, labels: list[Label], subject: Subject, columns: int) -> st
 
 
 def wording(
-    kind: str, subject: Subject, columns: int, rng: Random, wordings: Mapping[str, Sequence[str]] = WORDINGS
+    kind: str, subject: Subject, columns: int, rng: Random, wordings: Mapping[str, Sequence[str]] = ALL_WORDINGS
 ) -> str:
     """The question in words, one of `wordings[kind]`; `columns` is the mosaic's width in cells."""
     if isinstance(subject, int):

@@ -1,6 +1,6 @@
 """How mini asks: wordings to train with, and others that are kept for a test."""
 
-from ..questions import WORD_WORDINGS, WORDINGS
+from ..questions import ALL_WORDINGS
 
 _MORE = {
     "color_at": ("Which color does row {}, column {} have?", "Name the color in row {}, column {}."),
@@ -14,7 +14,7 @@ _MORE = {
     "word_row": ("In what row is the word {}?", "Name the row of the word {}."),
     "word_column": ("In what column is the word {}?", "Name the column of the word {}."),
 }
-TRAINED = {kind: (*asked, *_MORE[kind]) for kind, asked in {**WORDINGS, **WORD_WORDINGS}.items()}
+TRAINED = {kind: (*asked, *_MORE[kind]) for kind, asked in ALL_WORDINGS.items()}
 HELD_OUT = {
     "color_at": ("Look at row {}, column {}. Its color?", "Tell me the color at row {} and column {}."),
     "shape_at": ("Look at row {}, column {}. Its shape?", "Tell me the shape at row {} and column {}."),
