@@ -237,9 +237,15 @@ def test_the_base_is_trained_on_the_sequence_and_pixels_that_it_is_used_on(tiny,
     text = processor.tokenizer.decode([*opening, processor.image_token_id, *ids])
     inputs = processor(text=text, images=picture, return_tensors="pt")
     torch.testing.assert_close(inputs["pixel_values"], pixels)
-    places = torch.arange(len(ids) - count, len(ids))
+    batch = (pixels, torch.tensor([ids]), torch.arange(len(ids) - count, len(ids)))
+    trainee = Trainee(model, opening, False)
     with torch.no_grad():
-        ours = Trainee(model, opening, False)(pixels, torch.tensor([ids]), places)
+        plain = trainee(*batch)
+        torch.testing.assert_close(plain, model(**inputs).logits[0, -count - 1 : -1], atol=1e-4, rtol=1e-4)
+        trainee.standardise(torch.randn(4, 3, 84, 84))
+        ours = trainee(*batch)
+        assert (ours - plain).abs().max() > 1e-3
+        trainee.fold()
         theirs = model(**inputs).logits[0, -count - 1 : -1]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 

@@ -104,6 +104,7 @@ def train_base(folder: Path, size: MiniSize, settings: BaseTraining) -> dict[str
         checks = list(islice(iter(stream(listings, True)), settings.checked))
         run.train(stage, stream(listings, False), [batch.to(device) for batch in checks])
         clock[stage] = time.monotonic()
+    run.trainee.fold()
     save(model, processor, folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
     clock["saved"] = time.monotonic()
     names, times = list(clock), list(clock.values())
@@ -140,8 +141,11 @@ class _Run:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         minutes = settings.projector_minutes if stage == "projector" else settings.minutes
         batches = self._loader(stream)
+        first = next(batches).to(self.device)
+        if stage == "projector":
+            self.trainee.standardise(self._pixels(first, flip=False))
         # whatever is compiled or allocated once comes before the clock starts
-        self._loss(next(batches).to(self.device)).backward()
+        self._loss(first).backward()
         optimizer.zero_grad(set_to_none=True)
         self._report(stage, 0, 0.0, None, 0.0, checks)
         began = reported = time.monotonic()

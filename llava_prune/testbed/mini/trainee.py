@@ -37,6 +37,9 @@ class Tiles:
 class Trainee(nn.Module):
     """A `LlavaForConditionalGeneration` that answers conversations of equal length.
 
+    While it learns, the projector reads standardised features, since DINOv2's are small and an optimizer's steps are
+    not; `fold` makes that a part of the projector's weights.
+
     Args:
         model: the model.
         opening: ids before the picture.
@@ -46,7 +49,16 @@ class Trainee(nn.Module):
     def __init__(self, model: nn.Module, opening: list[int], tune_tower: bool):
         super().__init__()
         self.model, self.tune_tower = model, tune_tower
+        width = model.config.vision_config.hidden_size
         self.register_buffer("opening", torch.tensor(opening), persistent=False)
+        self.register_buffer("mean", torch.zeros(width), persistent=False)
+        self.register_buffer("deviation", torch.ones(width), persistent=False)
+        for linear in self._linears():
+            linear.reset_parameters()  # as in LLaVA; transformers' own start is far smaller
+
+    def _linears(self) -> tuple[nn.Linear, nn.Linear]:
+        projector = self.model.model.multi_modal_projector
+        return projector.linear_1, projector.linear_2
 
     def forward(self, pixels: Tensor, ids: Tensor, places: Tensor) -> Tensor:
         """Logits that predict the answers' tokens.
@@ -60,9 +72,7 @@ class Trainee(nn.Module):
             (M, vocabulary).
         """
         core = self.model.model
-        with nullcontext() if self.tune_tower else torch.no_grad():
-            layer = self.model.config.vision_feature_layer
-            features = core.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
+        features = (self._features(pixels) - self.mean) / self.deviation
         vision, embed = core.multi_modal_projector(features), self.model.get_input_embeddings()
         text = embed(torch.cat([self.opening.expand(len(ids), -1), ids], 1)).to(
             vision.dtype
@@ -72,6 +82,28 @@ class Trainee(nn.Module):
         hidden = core.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         predicting = hidden[:, -ids.shape[1] - 1 : -1].flatten(0, 1)
         return self.model.lm_head(predicting.index_select(0, places))
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """(B, N, width) of the patches."""
+        with nullcontext() if self.tune_tower else torch.no_grad():
+            layer = self.model.config.vision_feature_layer
+            return self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
+
+    @torch.no_grad()
+    def standardise(self, pixels: Tensor) -> None:
+        """Take mean and deviation of each feature from some pictures, (B, 3, H, W)."""
+        features = self._features(pixels).float().flatten(0, 1)
+        self.mean.copy_(features.mean(0))
+        self.deviation.copy_(features.std(0).clamp(min=1e-6))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Let the model compute alone what it computes here."""
+        first, _ = self._linears()
+        first.weight /= self.deviation
+        first.bias -= first.weight @ self.mean
+        self.mean.zero_()
+        self.deviation.fill_(1)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean cross-entropy of the answers' tokens."""
