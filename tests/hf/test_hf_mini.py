@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from llava_prune.comparing.questions import read_questions
 from llava_prune.config import PruneConfig
@@ -24,6 +25,7 @@ from llava_prune.testbed.mini.conversations import ALL_KINDS, Conversations, con
 from llava_prune.testbed.mini.data import DataAmounts, plain_questions, transfer_sets, write_data
 from llava_prune.testbed.mini.intervals import of_seeds, of_share
 from llava_prune.testbed.mini.jobs import Job, run_jobs
+from llava_prune.testbed.mini.pack import pack, read_packed, unpack, write_packed
 from llava_prune.testbed.mini.packages import DINOV2, SMOLLM2, find_file
 from llava_prune.testbed.mini.size import REAL, TINY
 from llava_prune.testbed.mini.trainee import Tiles, Trainee
@@ -262,6 +264,33 @@ def test_words_are_never_mirrored(pictures):
     assert (painted[:, :, 128:] == 1).all() and (painted[:, :, :, 128:] == 1).all()
 
 
+def test_a_packed_base_is_nearly_the_trained_one(tmp_path):
+    torch.manual_seed(0)
+    before = {
+        "large": torch.randn(256, 512),
+        "norm": torch.ones(64),
+        "small": torch.randn(8, 8),
+        "same": torch.ones(3),
+        "random": torch.randn(256, 512),
+    }
+    moved = {"large": torch.randn(256, 512) * 1e-3, "norm": torch.randn(64), "small": torch.randn(8, 8)}
+    after = {name: value + moved.get(name, 0) for name, value in before.items()}
+    write_packed(pack(before, after, whole="random"), tmp_path)
+    sizes = sum(path.stat().st_size for path in tmp_path.glob("packed-*"))
+    assert sizes < 256 * 512 * 2.56 + 3000, "half a byte a weight, and two of a random one"
+    again = unpack({**before, "random": torch.randn(256, 512)}, read_packed(tmp_path))
+    torch.testing.assert_close(again["random"], after["random"], atol=2e-3, rtol=1e-3)
+    assert torch.equal(again["same"], before["same"]) and again.keys() == before.keys()
+    for name in ("norm", "small"):
+        torch.testing.assert_close(again[name], after[name], atol=2e-3, rtol=1e-3)
+    error = again["large"] - after["large"]
+    assert error.std() < 0.15 * moved["large"].std() and error.mean().abs() < 1e-6
+    with pytest.raises(ValueError, match="this model has not: .'large'"):
+        unpack({"norm": before["norm"]}, read_packed(tmp_path))
+    with pytest.raises(FileNotFoundError, match="that --pack wrote"):
+        read_packed(tmp_path / "nothing")
+
+
 # ---- the pipeline
 
 
@@ -273,7 +302,7 @@ def words(out, *more):
 
 def test_the_whole_pipeline_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    main(words(tmp_path, "--all", "--skip_times"))
+    main(words(tmp_path, "--all", "--skip_times", "--pack", tmp_path / "packed"))
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
     assert list(rows) == ["origin", "uniform", "visionzip", "ours, exactly", "ours, threshold"]
@@ -286,10 +315,16 @@ def test_the_whole_pipeline_once(tmp_path, capfd, monkeypatch):
     capfd.readouterr()
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    main(words(tmp_path, "--all", "--skip_times"))
+    main(words(tmp_path, "--all", "--skip_times", "--pack", tmp_path / "packed"))
     said = capfd.readouterr().out
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed <= {"results.json", "results.csv", "results.png", "times.json"} and " s\n" not in said
+
+    main(words(tmp_path, "--packed", tmp_path / "packed"))  # the same base without training
+    (other,) = {*tmp_path.glob("base-*")} - {base}
+    weights = [load_file(folder / "model.safetensors") for folder in (base, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_a_command_that_can_not_be_run_is_named(tmp_path):

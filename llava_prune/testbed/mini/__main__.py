@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     base.add_argument("--lr", type=float, default=defaults.lr)
     base.add_argument("--tune_tower", action="store_true", help="train the vision tower in stage 2")
     base.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: where there is a GPU")
+    base.add_argument("--pack", type=Path, metavar="DIR", help="write the base there too, in files of 55 MB together")
+    base.add_argument("--packed", type=Path, metavar="DIR", help="take the base that --pack wrote, train none")
     base.add_argument("--base_seed", type=int, default=0)
     base.add_argument("--base_workers", type=int, default=defaults.workers, help="processes that make conversations")
 
@@ -97,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
             variants=tuple(chosen(args.ablate)) if args.ablate else (),
             jobs=args.jobs,
             gpus=torch.cuda.device_count(),
+            pack=args.pack,
+            packed=args.packed,
         )
         mini = Mini(args.out.resolve(), size, base, settings, amounts, plan)
         mini.prepare()

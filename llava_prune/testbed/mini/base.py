@@ -27,6 +27,7 @@ from ..words import with_words
 from .assemble import assemble, save
 from .conversations import ALL_KINDS, Batch, Conversations, conversation_ids
 from .data import plain_questions
+from .pack import pack, read_packed, unpack, write_packed
 from .size import MiniSize
 from .trainee import Tiles, Trainee, compile_layers
 
@@ -65,8 +66,11 @@ class BaseTraining:
     report_seconds: float = 15.0
 
 
-def train_base(folder: Path, size: MiniSize, settings: BaseTraining) -> dict[str, Any]:
+def train_base(folder: Path, size: MiniSize, settings: BaseTraining, pack_to: Path | None = None) -> dict[str, Any]:
     """Assemble, train and save the base to `folder`, which exists; `training.json` beside it tells how it went.
+
+    Args:
+        pack_to: a folder for the packed base; what is saved is then what it unpacks to.
 
     Returns:
         What is in `training.json`: `settings`, `log`, `seconds` of each part, `accuracy` on held-back pictures.
@@ -99,12 +103,19 @@ def train_base(folder: Path, size: MiniSize, settings: BaseTraining) -> dict[str
         seed = settings.seed + held_back
         return Conversations(groups, asked, turn, size, settings.batch_size, listings, seed)
 
+    initial = {name: value.clone() for name, value in model.state_dict().items()} if pack_to else {}
     run = _Run(model.to(device), processor, opening, tiles, size, settings, device)
     for stage, listings in (("projector", True), ("questions", False)):
         checks = list(islice(iter(stream(listings, True)), settings.checked))
         run.train(stage, stream(listings, False), [batch.to(device) for batch in checks])
         clock[stage] = time.monotonic()
     run.trainee.fold()
+    if pack_to is not None:
+        packed = pack(initial, model.state_dict())
+        write_packed(packed, pack_to)
+        model.load_state_dict(unpack(initial, packed))
+        run.report("packed", 0, 0.0, None, 0.0, [batch.to(device) for batch in checks])
+        clock["packed"] = time.monotonic()
     save(model, processor, folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
     clock["saved"] = time.monotonic()
     names, times = list(clock), list(clock.values())
@@ -112,6 +123,18 @@ def train_base(folder: Path, size: MiniSize, settings: BaseTraining) -> dict[str
     result = {"settings": asdict(settings), "seconds": seconds, "accuracy": run.log[-1]["accuracy"], "log": run.log}
     (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def unpack_base(folder: Path, size: MiniSize, packed: Path, seed: int) -> None:
+    """Save the base that was packed to `packed` to `folder`, which exists; `seed` is that of its random parts.
+
+    Raises:
+        OSError, ValueError, ImportError: a part can not be had, or the packed base is none or of another model.
+    """
+    torch.manual_seed(seed)
+    model, processor = assemble(size)
+    model.load_state_dict(unpack(model.state_dict(), read_packed(packed)))
+    save(model, processor, folder, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
 
 
 class _Run:
@@ -147,7 +170,7 @@ class _Run:
         # whatever is compiled or allocated once comes before the clock starts
         self._loss(first).backward()
         optimizer.zero_grad(set_to_none=True)
-        self._report(stage, 0, 0.0, None, 0.0, checks)
+        self.report(stage, 0, 0.0, None, 0.0, checks)
         began = reported = time.monotonic()
         step, before, loss = 0, 0, None
         while True:
@@ -155,7 +178,7 @@ class _Run:
             progress = step / settings.steps if settings.steps else (now - began) / (60 * minutes)
             if now - reported >= settings.report_seconds or progress >= 1:
                 rate = (step - before) / (now - reported)
-                self._report(stage, step, now - began, loss, rate, checks)
+                self.report(stage, step, now - began, loss, rate, checks)
                 reported, before = time.monotonic(), step
             if progress >= 1:
                 return
@@ -210,9 +233,10 @@ class _Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     @torch.no_grad()
-    def _report(
+    def report(
         self, stage: str, step: int, seconds: float, loss: torch.Tensor | None, rate: float, checks: list[Batch]
     ) -> None:
+        """A line of the log."""
         right, kinds = [], []
         for batch in checks:
             with self._autocast():

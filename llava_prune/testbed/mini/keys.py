@@ -15,7 +15,10 @@ BASE = (
     *_PICTURES,
     "testbed/base_data.py",
     "testbed/make_base.py",
-    *(f"testbed/mini/{name}.py" for name in ("base", "trainee", "conversations", "assemble", "language", "vision")),
+    *(
+        f"testbed/mini/{name}.py"
+        for name in ("base", "trainee", "conversations", "assemble", "language", "vision", "pack")
+    ),
     "testbed/mini/wordings.py",
 )
 TRAINING = ("*.py",)

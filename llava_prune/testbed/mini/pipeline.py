@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from .ablations import MAIN
-from .base import BaseTraining, train_base
+from .base import BaseTraining, train_base, unpack_base
 from .comparisons import Comparison, plan_comparison
 from .data import RECORD, DataAmounts, transfer_sets, write_data
 from .jobs import run_jobs
 from .keys import BASE, DATA, content, digest, sources
+from .pack import packed_files
 from .packages import DINOV2, SMOLLM2
 from .size import MiniSize
 from .trainings import Training, TrainingSettings, plan_training
@@ -36,6 +37,8 @@ class Plan:
         variants: of the ablations, the main training first.
         jobs: processes at once.
         gpus: of this machine.
+        pack: folder to pack a trained base to, or None.
+        packed: folder of a packed base, which is taken instead of training one, or None.
     """
 
     budgets: tuple[float, ...]
@@ -45,6 +48,8 @@ class Plan:
     variants: tuple[str, ...]
     jobs: int
     gpus: int
+    pack: Path | None = None
+    packed: Path | None = None
 
 
 class Mini:
@@ -68,7 +73,12 @@ class Mini:
         self.base_training, self.settings, self.amounts = base_training, settings, amounts
         out.mkdir(parents=True, exist_ok=True)
         parts = [SMOLLM2.sha256, DINOV2.sha256] if size.real else []
-        self.base = out / f"base-{digest(asdict(size), asdict(base_training), parts, sources(*BASE))}"
+        what: list[Any] = [asdict(size), parts, sources(*BASE)]
+        if plan.packed is not None:
+            what += [content(path) for path in packed_files(plan.packed)]
+        else:
+            what += [asdict(base_training), plan.pack is not None]
+        self.base = out / f"base-{digest(*what)}"
         self.data = out / f"data-{digest(asdict(size), asdict(amounts), sources(*DATA))}"
         self.times: dict[str, float] = {}
 
@@ -93,10 +103,14 @@ class Mini:
         staging = self.out / ".base"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        result = train_base(staging, self.size, self.base_training)
+        if self.plan.packed is not None:
+            unpack_base(staging, self.size, self.plan.packed, self.base_training.seed)
+        else:
+            result = train_base(staging, self.size, self.base_training, self.plan.pack)
+            self.times |= {f"base: {name}": seconds for name, seconds in result["seconds"].items()}
+            share = result["accuracy"]["all"]
+            print(f"{self.base}: {share:.2%} of questions about held-back pictures are answered right", flush=True)
         staging.rename(self.base)
-        self.times |= {f"base: {name}": seconds for name, seconds in result["seconds"].items()}
-        print(f"{self.base}: {result['accuracy']['all']:.2%} of held-back questions are answered right", flush=True)
 
     # ---- trainings and comparisons
 
