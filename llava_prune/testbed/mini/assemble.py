@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from .language import CHAT_TEMPLATE, IMAGE_TOKEN, load_smollm2, random_language_model
 from .size import PATCH, MiniSize
-from .vision import write_vision_tower
+from .vision import cached_vision_tower
 from .wordings import TRAINED
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 wants them
@@ -78,9 +77,7 @@ def _vision_tower(size: MiniSize) -> nn.Module:
     if not size.real:
         shape = {"hidden_size": 24, "num_hidden_layers": size.blocks, "num_attention_heads": 2, "mlp_ratio": 2}
         return Dinov2Model(Dinov2Config(**shape, image_size=size.pixels, patch_size=PATCH))
-    with tempfile.TemporaryDirectory() as folder:
-        write_vision_tower(Path(folder), size.pixels, size.blocks)
-        return Dinov2Model.from_pretrained(folder, dtype=torch.float32)
+    return Dinov2Model.from_pretrained(cached_vision_tower(size.pixels, size.blocks), dtype=torch.float32)
 
 
 def _processor(size: MiniSize, tokenizer: Any) -> Any:

