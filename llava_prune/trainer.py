@@ -107,9 +107,11 @@ class PruneTrainerMixin:
         values = self._schedule()
         state = self.prune_handle.state
         state.temperature = values.temperature
+        state.loss_only = self.prune.alignment != "kl"
         # the mode must hold through the backward pass, where checkpointed layers run again
         with prune_mode(self.model, "masked" if values.masked else "soft"):
             loss = super().training_step(model, inputs, *args, **kwargs)
+        state.loss_only = False
         if self.adversary is not None:
             self._train_adversary()
         state.record = None
