@@ -96,6 +96,14 @@ def use_cpu_where_there_is_no_gpu() -> None:
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
 
 
+def leave_process_group() -> None:
+    """Stop the group's threads: interpreters that exit while those run were seen to abort, after all was saved."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def bind_llava_training(module: Any) -> None:
     """Put the pruning classes in place of LLaVA's in `llava.train.train`."""
     from .data_check import NamedErrors
@@ -180,6 +188,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"llava_prune: {error}")
     llava_train.train()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import compat
-from .train import training_arguments_class, use_cpu_where_there_is_no_gpu
+from .train import leave_process_group, training_arguments_class, use_cpu_where_there_is_no_gpu
 
 
 @dataclass
@@ -130,3 +130,4 @@ def main(argv: list[str] | None = None) -> None:
             trainer.processing_class.save_pretrained(trainer.args.output_dir)  # the folder can be loaded alone
     elif trainer.prune.train_base:
         trainer.save_model(trainer.args.output_dir)
+    leave_process_group()

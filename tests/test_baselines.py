@@ -227,7 +227,7 @@ def test_run_says_what_is_wrong(llava, capsys):
         with pytest.raises(SystemExit) as left:
             run_program([*arguments, "-m", "program"])
         assert message in capsys.readouterr().err + str(left.value)
-    asked = Namespace(baseline="fastv", mode="hard", average_tokens=3)
+    asked = Namespace(pruners=None, baseline="fastv", mode="hard", average_tokens=3, allow_other_base=False)
     with pytest.raises(SystemExit, match="llava_prune: fastv: 3 average tokens are under its floor of 6 "):
         attach_as_asked(asked, llava)
 
