@@ -219,7 +219,7 @@ def _print(title: str, lines: list[dict[str, Any]]) -> None:
             or _interval(*(line[f"accuracy{part}"] for part in ("", "_low", "_high"))),
             _number(line["of_origin"], "{:.1%}"),
             _against(line),
-            _number(line["llm_flops"] and line["llm_flops"] / 1e9, "{:.1f}"),
+            _number(line["llm_flops"] and line["llm_flops"] / 1e9, "{:.4g}"),
             _number(line["prefill_ms"], "{:.1f}") + _number(line["prefill_origin_ms"], " / {:.1f}"),
             style="bold" if line["kind"] == PRUNERS else None,
         )
