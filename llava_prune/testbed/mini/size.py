@@ -18,7 +18,8 @@ class MiniSize:
         pixels: side of a picture.
         grid: rows and columns of the mosaics that pruners are trained on.
         other_grids: that the base also sees, and that make transfer sets.
-        blocks: of the vision encoder. Of DINOv2's 12 the sixth tells color, shape and word best, see the README.
+        blocks: of the vision encoder. Of DINOv2's 12 those up to the eighth tell color, shape and word well, the last
+            does not: see the README.
         text_length: tokens of a conversation after its picture, in the base's training.
         budgets: average tokens that pruners are trained for.
         ablated: the one of the ablations.
