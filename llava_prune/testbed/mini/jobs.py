@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +104,3 @@ def _visible(gpu: int) -> str:
     """The GPU's name among those that this process may use."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",")[gpu] if given else str(gpu)
-
-
-def timed(times: dict[str, float], name: str, run: Callable[[], Any]) -> Any:
-    """What `run` returns; its seconds are added to `times`."""
-    began = time.monotonic()
-    try:
-        return run()
-    finally:
-        times[name] = times.get(name, 0.0) + time.monotonic() - began
