@@ -41,9 +41,19 @@ def announcing_forward(
         has_image = _given(call, "pixel_values", "image")
         if has_image or model.training:
             state.announced = _layout(call, model.config.image_token_id, has_image, state.mode, tokens_per_image)
+        if state.loss_only and call.get("labels") is not None:
+            return original(**_with_supervised_logits(call))
         return original(*args, **kwargs)
 
     return forward
+
+
+def _with_supervised_logits(call: dict[str, Any]) -> dict[str, Any]:
+    """The same loss from the logits behind the first answer's start alone: those of the image are most of them."""
+    supervised = (call["labels"] != IGNORE_INDEX).any(0)
+    count = int((supervised.cumsum(-1) > 0).sum()) + 1  # and the position that the first is predicted from
+    count = min(max(count, 2), call["labels"].shape[1])
+    return {**call, "labels": call["labels"][:, -count:], "logits_to_keep": count}
 
 
 def announcing_questions(model: nn.Module, state: PruneState, tokens: int) -> Callable[[dict[str, Any]], None]:

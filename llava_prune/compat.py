@@ -200,9 +200,14 @@ def _vision_tokens_per_hf_image(model: nn.Module) -> int | None:
     vision = hf.config.vision_config
     if not isinstance(getattr(vision, "image_size", None), int) or vision.model_type == "pixtral":
         return None
-    class_token = vision.model_type == "clip_vision_model"
     dropped = hf.config.vision_feature_select_strategy == "default"
-    return (vision.image_size // vision.patch_size) ** 2 + class_token - dropped
+    return (vision.image_size // vision.patch_size) ** 2 + class_tokens(hf.model.vision_tower) - dropped
+
+
+def class_tokens(tower: nn.Module) -> int:
+    """1 if a vision transformer puts a class token before its patches (CLIP, DINOv2), else 0 (SigLIP)."""
+    names = ("class_embedding", "cls_token")
+    return int(any(hasattr(module, name) for module in tower.modules() for name in names))
 
 
 def vision_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -276,7 +281,7 @@ def rotary_module(layer: nn.Module) -> nn.Module | None:
 
 
 def feature_layer(model: nn.Module) -> nn.Module:
-    """The layer of a CLIP vision transformer whose output the projector gets.
+    """The layer of a CLIP or DINOv2 vision transformer whose output the projector gets.
 
     Raises:
         ValueError: the transformer has no class token, or the features are of several layers.
@@ -286,13 +291,31 @@ def feature_layer(model: nn.Module) -> nn.Module:
     number = (
         find_hf_llava(model).config.vision_feature_layer if llava is None else llava.get_vision_tower().select_layer
     )
-    stacks = [getattr(module, "layers", None) for module in tower.modules()]
-    stacks = [layers for layers in stacks if isinstance(layers, nn.ModuleList) and hasattr(layers[0], "layer_norm1")]
-    if not stacks or not any(hasattr(module, "class_embedding") for module in tower.modules()):
-        raise ValueError(f"{type(tower).__name__} is no CLIP vision transformer with a class token")
+    stacks = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    stacks = [layers for layers in stacks if any(hasattr(layers[0], name) for name in ("layer_norm1", "norm1"))]
+    if not stacks or not class_tokens(tower):
+        raise ValueError(f"{type(tower).__name__} is no CLIP or DINOv2 vision transformer with a class token")
     if not isinstance(number, int) or number == 0 or not -len(stacks[0]) <= number <= len(stacks[0]):
         raise ValueError(f"the vision features must be the output of one layer, not {number}")
     return stacks[0][number if number < 0 else number - 1]  # hidden_states[0] is the embedding
+
+
+def queries_and_keys(layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention queries and keys of a CLIP or DINOv2 vision layer for its input (B, S, D): (B, heads, S, d) each.
+
+    DINOv2's projections are in a module of their own, under other names, before transformers 5.20 or so.
+    """
+    if hasattr(layer, "layer_norm1"):
+        norm, attention = layer.layer_norm1, layer.self_attn
+    else:
+        norm, attention = layer.norm1, getattr(layer.attention, "attention", layer.attention)
+    projections = [getattr(attention, name, None) for name in ("q_proj", "k_proj")]
+    if None in projections:
+        projections = [attention.query, attention.key]
+    heads = attention.num_heads if hasattr(attention, "num_heads") else attention.num_attention_heads
+    normed = norm(hidden_states)
+    query, key = (projection(normed).unflatten(-1, (heads, -1)).transpose(1, 2) for projection in projections)
+    return query, key
 
 
 def leave_accumulation_to_the_engine(engine: Any) -> None:

@@ -57,6 +57,7 @@ class PruneConfig:
     pruner_rank: int = _field(128, "width that a pruner compresses the hidden states to before it attends")
     pruner_dim: int = _field(512, "width of a pruner's attention and MLP")
     pruner_heads: int = _field(8, "attention heads of a pruner")
+    use_question: bool = _field(True, "pruners read the question; if not, they see the picture alone")
     init_keep_logit: float = _field(4.0, "keep logit at the start; 4 keeps 98 % of the tokens at each layer")
     use_attn_residual: bool = _field(False, "add the layer's own question-to-vision attention to the keep logit")
     attn_residual_weight: float = _field(1.0, "weight of the attention residual (its start, if learnable)")

@@ -74,27 +74,25 @@ class ConversationDataset(Dataset):
 
         Tokenizing is done once more without images, in which an image is one token; the other tokens are the same.
         """
-        whole = self._tokens(text)
+        template = self.processor.apply_chat_template
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        asked = [template(messages[:turn], add_generation_prompt=True) for turn in turns]
+        answered = [text if turn + 1 == len(messages) else template(messages[: turn + 1]) for turn in turns]
+        # one call: the tokenizer takes longer to start than to run
+        whole, *prefixes = self.processor.tokenizer([text, *asked, *answered]).input_ids
         answers = torch.zeros(len(whole), dtype=torch.bool)
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            asked = self._tokens(self.processor.apply_chat_template(messages[:turn], add_generation_prompt=True))
-            answered = self._tokens(self.processor.apply_chat_template(messages[: turn + 1]))
-            if whole[: len(asked)] != asked or whole[: len(answered)] != answered:
+        for start, end in zip(prefixes[: len(turns)], prefixes[len(turns) :], strict=True):
+            if whole[: len(start)] != start or whole[: len(end)] != end:
                 raise ValueError(
                     f"sample {sample.get('id')!r}: this model's chat template or tokenizer writes a turn differently "
                     "once it is answered, so the answer can not be found; use a model whose template does not"
                 )
-            answers[len(asked) : len(answered)] = True
+            answers[len(start) : len(end)] = True
         labels = torch.full_like(ids, IGNORE_INDEX)
         is_text = ids != self.processor.image_token_id
         text_answers = answers[torch.tensor(whole) != self.processor.image_token_id]
         labels[is_text] = torch.where(text_answers, ids[is_text], IGNORE_INDEX)
         return labels
-
-    def _tokens(self, text: str) -> list[int]:
-        return self.processor.tokenizer(text).input_ids
 
 
 def as_messages(conversations: list[dict[str, str]]) -> list[dict[str, Any]]:

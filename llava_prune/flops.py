@@ -120,7 +120,7 @@ def pruner_flops(config: PruneConfig, shape: DecoderShape, vision: Tensor, text:
     """
     d, r, p = shape.hidden, config.pruner_rank, config.pruner_dim
     vision, text, question = vision.double().cpu(), text.double().cpu(), question.double().cpu()
-    context = question + 1  # a learned token stands beside the question
+    context = question * config.use_question + 1  # a learned token stands beside the question
     total = torch.zeros_like(text)
     for layer in config.pruning_layers:
         n = vision[:, layer - 1]  # what enters the pruner is what the layer before had
@@ -158,7 +158,7 @@ def merger_flops(config: PruneConfig, vision_width: int, text_width: int, tokens
 
 @dataclass(frozen=True)
 class TowerShape:
-    """Sizes of a CLIP or SigLIP vision transformer.
+    """Sizes of a CLIP, SigLIP or DINOv2 vision transformer.
 
     Attributes:
         hidden, intermediate, layers: of the transformer; every layer runs, whichever is selected.
@@ -177,19 +177,20 @@ class TowerShape:
     @classmethod
     def of(cls, config: Any) -> TowerShape:
         """From the tower's Hugging Face config; raises ValueError for another kind of tower."""
-        if config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        kinds = ("clip_vision_model", "siglip_vision_model", "dinov2")
+        if config.model_type not in kinds or getattr(config, "use_swiglu_ffn", False):
             raise ValueError(
-                f"the FLOPs of a {config.model_type} vision tower are not known: use a model with a CLIP or SigLIP "
-                "tower"
+                f"the FLOPs of a {config.model_type} vision tower are not known: use a model with a CLIP, SigLIP or "
+                "DINOv2 tower (the latter without SwiGLU)"
             )
         patches = (config.image_size // config.patch_size) ** 2
         return cls(
             config.hidden_size,
-            config.intermediate_size,
+            getattr(config, "intermediate_size", None) or config.hidden_size * config.mlp_ratio,
             config.num_hidden_layers,
             patches,
             config.num_channels * config.patch_size**2,
-            patches + (config.model_type == "clip_vision_model"),
+            patches + (config.model_type != "siglip_vision_model"),
         )
 
 

@@ -20,12 +20,13 @@ class LayerPruner(nn.Module):
 
     Args:
         hidden_size: width of the decoder.
-        config: the pruner's own fields, `init_keep_logit` and the attention residual's are read.
+        config: the pruner's own fields, `use_question`, `init_keep_logit` and the attention residual's are read.
     """
 
     def __init__(self, hidden_size: int, config: PruneConfig):
         super().__init__()
         rank, dim = config.pruner_rank, config.pruner_dim
+        self.use_question = config.use_question
         self.norm_vision = nn.LayerNorm(hidden_size)
         self.norm_question = nn.LayerNorm(hidden_size)
         # stands in for the question where there is none
@@ -62,6 +63,8 @@ class LayerPruner(nn.Module):
             (B, N, 2) fp32 logits, drop and keep.
         """
         dtype = self.joint_hidden.weight.dtype
+        if not self.use_question:
+            question, question_mask = question[:, :0], question_mask[:, :0]
         context = torch.cat([self.no_question.expand(len(question), -1, -1), question.to(dtype)], dim=1)
         mask = F.pad(question_mask, (1, 0), value=True)
         embedded = self.compress(self.norm_vision(vision.to(dtype)))

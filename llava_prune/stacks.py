@@ -17,16 +17,17 @@ def stack_of(model: Path | None, wanted: str | None) -> str:
         wanted: what the user named, or None.
 
     Raises:
-        FileNotFoundError: no `config.json` in `model`.
+        FileNotFoundError: neither `config.json` nor `adapter_config.json` in `model`.
         ValueError: the checkpoint is of the other stack than wanted, or its stack is not installed here.
     """
     installed = "llava" if importlib.util.find_spec("llava") is not None else "hf"
     stack = wanted or installed
     if model is not None:
         path = model / "config.json"
-        if not path.is_file():
+        adapter = not path.is_file() and (model / "adapter_config.json").is_file()  # LLaVA's hold a config.json too
+        if not adapter and not path.is_file():
             raise FileNotFoundError(f"no {path}: --model takes a checkpoint folder")
-        stack = "hf" if "vision_config" in json.loads(path.read_text()) else "llava"
+        stack = "hf" if adapter or "vision_config" in json.loads(path.read_text()) else "llava"
         if wanted not in (None, stack):
             raise ValueError(f"{model} is a checkpoint of the {stack} stack: leave out --stack {wanted}")
     if stack != installed:

@@ -109,4 +109,5 @@ class PruneState:
     record: ForwardRecord | None = None
     stock_features: dict[int, Tensor] | None = None
     reduction: Any = None  # of the images just encoded, by a baseline
+    loss_only: bool = False  # nobody reads the logits of the running step but the loss
     inside_generate: bool = False  # of a Hugging Face model whose inputs were shrunk

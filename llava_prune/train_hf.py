@@ -126,6 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_state()
     if trainer.lora:
         trainer.model.save_pretrained(trainer.args.output_dir)  # the adapter; pruners were saved by the trainer
+        if trainer.args.should_save:
+            trainer.processing_class.save_pretrained(trainer.args.output_dir)  # the folder can be loaded alone
     elif trainer.prune.train_base:
         trainer.save_model(trainer.args.output_dir)
     leave_process_group()

@@ -49,6 +49,9 @@ class PruneTrainerMixin:
         self.prune: PruneConfig = args.prune
         set_seed(args.seed)  # the host seeds later than the pruners are made
         self.prune_handle = attach_pruners(model, self.prune)
+        if (args.bf16 or args.fp16) and not args.deepspeed:
+            # DeepSpeed keeps fp32 copies of what it trains; without it small steps would be rounded away
+            self.prune_handle.pruners.float()
         state = self.prune_handle.state
         num_layers = self.prune_handle.num_layers
         if self.prune.alignment == "kl":
@@ -104,9 +107,11 @@ class PruneTrainerMixin:
         values = self._schedule()
         state = self.prune_handle.state
         state.temperature, state.target_ease = values.temperature, values.target_ease
+        state.loss_only = self.prune.alignment != "kl"
         # the mode must hold through the backward pass, where checkpointed layers run again
         with prune_mode(self.model, "masked" if values.masked else "soft"):
             loss = super().training_step(model, inputs, *args, **kwargs)
+        state.loss_only = False
         if self.adversary is not None:
             self._train_adversary()
         state.record, state.target_ease = None, 1.0

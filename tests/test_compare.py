@@ -84,7 +84,8 @@ def test_table_csv_json_and_plot_of_one_run_agree(out, capsys):
         if row["reason"]:
             assert not any(shown[1:]) and not row["accuracy"] and entry["accuracy"] is None
             continue
-        for name in ("accuracy", "average_tokens", "of_origin", "agreement"):
+        assert shown[9] == f"{entry['llm_flops'] / 1e9:.4g}"
+        for name in ("accuracy", "average_tokens", "of_origin", "agreement", "llm_flops"):
             assert float(row[name]) == entry[name]
         expected = [f"{entry['average_tokens']:.1f}", f"{entry['accuracy']:.2%}", f"{entry['of_origin']:.1%}"]
         assert shown[1:4] == expected and shown[4] == f"{entry['agreement']:.2%}"
@@ -93,7 +94,7 @@ def test_table_csv_json_and_plot_of_one_run_agree(out, capsys):
             assert shown[5].startswith(f"{100 * difference['difference']:+.2f} [")
             assert float(row["versus_origin_p"]) == difference["p"]
         assert (row["versus_best_p"] != "") == (row["kind"] == "pruners" and row["budget"] != "")
-        assert float(row["prefill_ms"]) > 0 and shown[9].startswith(f"{entry['prefill_ms']:.1f}")
+        assert float(row["prefill_ms"]) > 0 and shown[10].startswith(f"{entry['prefill_ms']:.1f}")
     assert "fastv at 29 tokens is empty: fastv: 29 average tokens are under its floor of 36.75" in printed
     assert "ours at 29 tokens is empty: " in printed and "best baseline at 72 tokens: " in printed
     with Image.open(out / "compare.png") as picture:

@@ -70,7 +70,8 @@ QUESTIONS = [Question(i, "what?", None, answer) for i, answer in enumerate("abcd
 
 
 def result(answers, tokens, **times):
-    entries = [{"question_id": i, "answer": text, "tokens_per_layer": tokens} for i, text in enumerate(answers)]
+    figures = {"tokens_per_layer": tokens, "llm_flops": 1e9 * sum(tokens)}
+    entries = [{"question_id": i, "answer": text, **figures} for i, text in enumerate(answers)]
     return {"reason": None, "questions": entries, "times_ms": {"prefill": times} if times else {}}
 
 

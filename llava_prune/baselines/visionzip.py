@@ -26,7 +26,8 @@ class VisionZip(FeatureBaseline):
     whose attention keys (mean over heads) are more like its own than like any other's. They follow the dominant ones.
 
     The published code keeps the class token on top, adds the mean of the merged tokens to a contextual one instead of
-    averaging them, and patches the CLIP classes for attention and keys; here a hook computes the class token's row.
+    averaging them, and patches the CLIP classes for attention and keys; here a hook computes the class token's row, of
+    CLIP or DINOv2.
     """
 
     name = "visionzip"
@@ -56,14 +57,9 @@ class VisionZip(FeatureBaseline):
         def look(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if handle.state.mode == "origin":
                 return
-            attention = layer.self_attn
-            hidden = layer.layer_norm1(args[0] if args else kwargs["hidden_states"])
-
-            def heads(projected: Tensor) -> Tensor:
-                return projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2).float()
-
-            query, key = heads(attention.q_proj(hidden[:, :1])), heads(attention.k_proj(hidden))
-            paid = (query @ key.transpose(-1, -2) * attention.head_dim**-0.5).softmax(-1)
+            query, key = compat.queries_and_keys(layer, args[0] if args else kwargs["hidden_states"])
+            query, key = query[:, :, :1].float(), key.float()
+            paid = (query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5).softmax(-1)
             self._seen = paid.sum(1)[:, 0, 1:], key.mean(1)[:, 1:]
 
         return [*super().hooks(handle), self.layer.register_forward_pre_hook(look, with_kwargs=True)]

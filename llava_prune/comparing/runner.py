@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from .. import compat
 from ..budget import UnreachableBudget
 from ..patch import PruneHandle
-from ..report import last_report
+from ..report import last_report, llm_flops
 from ..reporting.measure import measure, percentile
 from ..reporting.samples import make_batches
 from ..version import __version__
 from ..visualize.chat import Chat
 from .cells import BASELINE, ORIGIN, Cell, CellFiles
+from .prepared import PreparedBatches
 from .questions import Question, fingerprint
 
+FIGURES = 2  # version of what is noted of a question
 TIMES = ("prefill", "first_token")  # of `reporting.measure`
 
 
@@ -53,7 +55,7 @@ def inputs_of(chat: Chat, questions: list[Question], settings: Settings) -> dict
     threads = f"cpu, threads: {torch.get_num_threads()}"
     (first,) = make_batches(chat.inputs, [questions[0].sample()], 1, 0)
     return {
-        "versions": [__version__, torch.__version__, transformers.__version__],
+        "versions": [__version__, torch.__version__, transformers.__version__, FIGURES],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
         "attention": compat.attention_backend(compat.find_decoder(model)),
         "model": _hash_of(model.state_dict(), *_configurations(model)),
@@ -85,6 +87,7 @@ def run_cells(
     """The result of every cell, run if it is not among the files."""
     from tqdm import tqdm
 
+    prepared = PreparedBatches(chat, questions, settings.batch_size)
     results = [files.load(cell) for cell in cells]
     missing = [place for place, result in enumerate(results) if result is None]
     print(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
@@ -92,19 +95,24 @@ def run_cells(
         for place in progress:
             cell = cells[place]
             progress.set_description(cell.title)
-            result = results[place] = run_cell(chat, cell, questions, settings)
+            result = results[place] = run_cell(chat, cell, questions, settings, prepared)
             files.save(cell, result)
             progress.write(f"{cell.title}: {result['reason'] or '{:.0f} s'.format(result['seconds'])}")
     return results
 
 
-def run_cell(chat: Chat, cell: Cell, questions: list[Question], settings: Settings) -> dict[str, Any]:
+def run_cell(
+    chat: Chat, cell: Cell, questions: list[Question], settings: Settings, prepared: PreparedBatches | None = None
+) -> dict[str, Any]:
     """Attach the method, ask everything, time a few, and take it off again.
 
+    Args:
+        prepared: the questions as batches, from an earlier cell; None makes them.
+
     Returns:
-        `reason`, why the cell is empty, or None and then `questions`, one entry each with `question_id`, `answer` and
-        `tokens_per_layer`; `times_ms`, for each of `TIMES` the medians of `origin` and of `hard`, which took turns
-        (empty if nothing is timed); `seconds` in all.
+        `reason`, why the cell is empty, or None and then `questions`, one entry each with `question_id`, `answer`,
+        `tokens_per_layer` and `llm_flops` (of the prefill, the method's own included); `times_ms`, for each of `TIMES`
+        the medians of `origin` and of `hard`, which took turns (empty if nothing is timed); `seconds` in all.
 
     Raises:
         ValueError: the pruners do not fit the model.
@@ -120,7 +128,9 @@ def run_cell(chat: Chat, cell: Cell, questions: list[Question], settings: Settin
         return {"reason": str(error)}  # the model does not suit the method
     with handle:
         try:
-            answered = _answer(chat, questions, settings)
+            answered = _answer(
+                chat, handle, prepared or PreparedBatches(chat, questions, settings.batch_size), settings
+            )
         except UnreachableBudget as error:  # where vision tokens differ, a floor is known by sample
             return {"reason": str(error)}
         modes = ["origin"] if cell.method.kind == ORIGIN else ["origin", "hard"]
@@ -128,18 +138,19 @@ def run_cell(chat: Chat, cell: Cell, questions: list[Question], settings: Settin
     return {"reason": None, "questions": answered, "times_ms": times, "seconds": time.perf_counter() - start}
 
 
-def _answer(chat: Chat, questions: list[Question], settings: Settings) -> list[dict[str, Any]]:
+def _answer(chat: Chat, handle: PruneHandle, prepared: PreparedBatches, settings: Settings) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
     answered = []
-    with tqdm(total=len(questions), unit="question", disable=None, leave=False) as progress:
-        for start in range(0, len(questions), settings.batch_size):
-            asked = questions[start : start + settings.batch_size]
-            answers = chat.answers([question.sample() for question in asked], settings.max_new_tokens)
-            tokens = last_report(chat.model).tokens_per_layer.tolist()
+    with tqdm(unit="question", disable=None, leave=False) as progress:
+        for asked, batch in prepared:
+            answers = chat.answers_to(batch, settings.max_new_tokens)
+            report = last_report(chat.model)
+            flops = llm_flops(handle, report, handle.state.mode != "origin")
+            figures = zip(asked, answers, report.tokens_per_layer.tolist(), flops.tolist(), strict=True)
             answered += [
-                {"question_id": question.id, "answer": answer, "tokens_per_layer": counts}
-                for question, answer, counts in zip(asked, answers, tokens, strict=True)
+                {"question_id": question.id, "answer": answer, "tokens_per_layer": tokens, "llm_flops": count}
+                for question, answer, tokens, count in figures
             ]
             progress.update(len(asked))
     return answered

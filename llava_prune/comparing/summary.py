@@ -20,6 +20,7 @@ class Row:
         method, kind, budget: of the cell.
         reason: why there are no figures, or None.
         average_tokens: vision tokens entering a decoder layer, mean over layers and questions.
+        llm_flops: of the decoder layers in a prefill, 2 per multiply-add, what decides there included.
         accuracy: share of right answers.
         of_origin: accuracy over origin's, None where that is 0.
         agreement: share of answers that are origin's.
@@ -35,6 +36,7 @@ class Row:
     budget: float | None
     reason: str | None
     average_tokens: float | None = None
+    llm_flops: float | None = None
     accuracy: float | None = None
     of_origin: float | None = None
     agreement: float | None = None
@@ -63,6 +65,7 @@ def summarise(cells: list[Cell], results: list[dict[str, Any]], questions: list[
         if row.reason is not None:
             continue
         row.average_tokens = _mean(_mean(entry["tokens_per_layer"]) for entry in result["questions"])
+        row.llm_flops = _mean(entry["llm_flops"] for entry in result["questions"])
         row.accuracy, origin_accuracy = _mean(marks), _mean(right[0])
         row.of_origin = row.accuracy / origin_accuracy if origin_accuracy else None
         row.agreement = _mean(_same(result, origin))

@@ -15,6 +15,7 @@ from .summary import Row
 WIDTH = 170
 NOTES = (
     "average tokens: vision tokens entering a decoder layer, mean over layers and questions",
+    "LLM GFLOPs: of the decoder layers in a prefill, 2 per multiply-add, with what a method computes there",
     "agreement: share of the answers that are origin's",
     f"against: percentage points, 95 % interval of a paired bootstrap over the questions ({RESAMPLES:,} resamples), "
     "McNemar's exact two-sided p",
@@ -61,6 +62,7 @@ def columns(row: Row) -> dict[str, str]:
         "p": probability(row.versus_origin),
         "against best baseline": difference(row.versus_best),
         "p ": probability(row.versus_best),
+        "LLM\nGFLOPs": _number(None if row.llm_flops is None else row.llm_flops / 1e9, "{:.4g}"),
         "prefill,\nms": _time(row.prefill_ms, row.prefill_origin_ms),
         "first token,\nms": _time(row.first_token_ms, row.first_token_origin_ms),
     }

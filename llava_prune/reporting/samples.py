@@ -161,21 +161,25 @@ def make_batches(
         words = torch.randint(FIRST_WORD, end, (text_tokens,), generator=generator)
         return torch.cat([words[: text_tokens // 2], placeholders, words[text_tokens // 2 :]])
 
-    def ready(value: Any) -> Any:
-        if isinstance(value, list):
-            return [ready(item) for item in value]
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(embeddings.device, embeddings.dtype if value.is_floating_point() else None)
-
     batches = []
     for start in range(0, len(samples), batch_size):
         chosen = samples[start : start + batch_size]
         rows, pictures = inputs.rows(chosen)
         rows = [with_text(row) if sample.question is None else row for row, sample in zip(rows, chosen, strict=True)]
         ids, mask = _padded_left(rows)
-        batches.append({name: ready(value) for name, value in inputs.arguments(ids, mask, pictures).items()})
+        batches.append(placed(inputs.arguments(ids, mask, pictures), embeddings.device, embeddings.dtype))
     return batches
+
+
+def placed(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """A batch (or a list or a value of one) with its tensors on `device`, and floating ones in `dtype` if given."""
+    if isinstance(batch, dict):
+        return {name: placed(value, device, dtype) for name, value in batch.items()}
+    if isinstance(batch, list):
+        return [placed(value, device, dtype) for value in batch]
+    if not isinstance(batch, Tensor):
+        return batch
+    return batch.to(device, dtype if batch.is_floating_point() else None)
 
 
 def _padded_left(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from random import Random
 
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .mosaic import MosaicSampler
@@ -62,27 +63,42 @@ class Conversations(IterableDataset):
         return torch.tensor(cells), ids, answers, torch.tensor(kinds)
 
 
-def paint_batch(images: torch.Tensor, cells: torch.Tensor, processor, flip: bool) -> torch.Tensor:
+def paint_batch(
+    images: torch.Tensor,
+    cells: torch.Tensor,
+    processor,
+    flip: bool,
+    grid: tuple[int, int] = GRID,
+    side: int | None = None,
+    mirrored: int | None = None,
+) -> torch.Tensor:
     """Mosaics as the model's pixels.
 
     Args:
-        images: (N, 3, 64, 64) uint8, the pictures.
-        cells: (B, 9) indices into them.
-        processor: the CLIP image processor, for its mean and deviation.
+        images: (N, 3, S, S) uint8, the pictures.
+        cells: (B, rows x columns) indices into them.
+        processor: the image processor, for its mean and deviation.
         flip: mirror each picture at random, left to right and top to bottom.
+        grid: rows and columns.
+        side: as for `mosaic.paint`.
+        mirrored: only the first so many pictures are mirrored, None for all; a word would not be one.
 
     Returns:
-        (B, 3, 192, 192) float, normalised as the processor does.
+        (B, 3, rows x S, columns x S) or (B, 3, side, side) float, normalised as the processor does.
     """
     tiles = images[cells].float()
     if flip:
+        may = cells < (len(images) if mirrored is None else mirrored)
         for axis in (-1, -2):
-            mirrored = torch.rand(*cells.shape, 1, 1, 1, device=tiles.device) < 0.5
-            tiles = torch.where(mirrored, tiles.flip(axis), tiles)
-    batch, _, channels, side, _ = tiles.shape
-    rows, columns = GRID
-    tiles = tiles.view(batch, rows, columns, channels, side, side).permute(0, 3, 1, 4, 2, 5)
+            chosen = may & (torch.rand(cells.shape, device=tiles.device) < 0.5)
+            tiles = torch.where(chosen[..., None, None, None], tiles.flip(axis), tiles)
+    batch, _, channels, edge, _ = tiles.shape
+    rows, columns = grid
+    tiles = tiles.view(batch, rows, columns, channels, edge, edge).permute(0, 3, 1, 4, 2, 5)
+    pixels = tiles.reshape(batch, channels, rows * edge, columns * edge)
+    if side is not None:
+        pixels = nn.functional.pad(pixels, (0, side - columns * edge, 0, side - rows * edge), value=255)
     mean, deviation = (
         torch.tensor(x, device=tiles.device).view(3, 1, 1) for x in (processor.image_mean, processor.image_std)
     )
-    return (tiles.reshape(batch, channels, rows * side, columns * side) / 255 - mean) / deviation
+    return (pixels / 255 - mean) / deviation

@@ -29,17 +29,17 @@ class Pictures:
 
     Attributes:
         images: (N, 64, 64, 3) uint8 RGB.
-        labels: N pairs (shape, color).
+        labels: N pairs (shape, color), or words where `words.with_words` added pictures of words.
     """
 
     images: np.ndarray
-    labels: tuple[tuple[str, str], ...]
+    labels: tuple[tuple[str, str] | str, ...]
 
-    def by_label(self) -> dict[tuple[str, str], list[int]]:
-        """Indices of the pictures with each (shape, color); all 24 pairs occur in both splits."""
-        groups: dict[tuple[str, str], list[int]] = {(shape, color): [] for shape in SHAPES for color in COLORS}
+    def by_label(self) -> dict[tuple[str, str] | str, list[int]]:
+        """Indices of the pictures with each label; all 24 pairs (shape, color) occur in both splits."""
+        groups: dict[tuple[str, str] | str, list[int]] = {(shape, color): [] for shape in SHAPES for color in COLORS}
         for index, label in enumerate(self.labels):
-            groups[label].append(index)
+            groups.setdefault(label, []).append(index)
         return groups
 
 

@@ -15,8 +15,12 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+
+import numpy as np
 
 from .install import install_base
 from .mosaic import Mosaic, MosaicSampler, check_grid, paint
@@ -25,6 +29,9 @@ from .questions import KINDS
 
 LAYOUT_VERSION = 1
 MULTI_TURN_SHARE = 0.25
+THREADS = 8  # that write pictures
+
+Sample = tuple[str, str, Mosaic]  # id, path of the picture within the testbed's folder, what it shows
 
 
 def prepare(
@@ -70,42 +77,72 @@ def prepare(
     record.unlink(missing_ok=True)
 
     samples = _write_split(out, "train", train, grid, cell, seed)
-    _write(out / "train.json", json.dumps([_conversation(*sample) for sample in samples], indent=1))
-    questions = _write_split(out, "test", test, grid, cell, seed)
-    _write(out / "test.jsonl", _lines(_question(*sample) for sample in questions))
-    _write(out / "test_answers.jsonl", _lines(_answer(*sample) for sample in questions))
-    _write(record, json.dumps(parameters, indent=1) + "\n")
+    write_text(out / "train.json", json.dumps([conversation(*sample) for sample in samples], indent=1))
+    write_questions(out / "test.jsonl", out / "test_answers.jsonl", _write_split(out, "test", test, grid, cell, seed))
+    write_text(record, json.dumps(parameters, indent=1) + "\n")
     return out
 
 
-def _write_split(out: Path, split: str, count: int, grid, cell: int, seed: int) -> list[tuple[str, str, Mosaic]]:
-    """Draws `count` mosaics and writes their pictures; gives (id, path within `out`, mosaic) of each."""
-    from PIL import Image
-
+def _write_split(out: Path, split: str, count: int, grid: tuple[int, int], cell: int, seed: int) -> list[Sample]:
+    """Draws `count` mosaics and writes their pictures."""
     pictures = load_pictures(split)
     rng = Random(f"{split} {seed}")
     sampler = MosaicSampler(pictures.by_label(), grid, rng)
-    folder = Path("images") / split
-    staging = out / f".{split}"
-    shutil.rmtree(staging, ignore_errors=True)
-    samples = []
-    for number in range(count):
+
+    def draw(number: int) -> Mosaic:
         turns = rng.choice((2, 3)) if split == "train" and rng.random() < MULTI_TURN_SHARE else 1
-        mosaic = sampler.draw(KINDS[number % len(KINDS)], turns)
-        name = f"{number:06d}.png"
-        Image.fromarray(paint(pictures, mosaic, grid, cell)).save(_made(staging) / name, compress_level=1)
-        samples.append((f"{split}-{number:06d}", str(folder / name), mosaic))
+        return sampler.draw(KINDS[number % len(KINDS)], turns)
+
+    mosaics = [draw(number) for number in range(count)]
+    return write_pictures(
+        out, Path("images") / split, split, mosaics, lambda mosaic: paint(pictures, mosaic, grid, cell)
+    )
+
+
+def write_pictures(
+    out: Path, folder: Path, prefix: str, mosaics: Sequence[Mosaic], painter: Callable[[Mosaic], np.ndarray]
+) -> list[Sample]:
+    """Writes a PNG a mosaic, all or none.
+
+    Args:
+        out: the testbed's folder.
+        folder: for the pictures, relative to `out`; what it held is replaced.
+        prefix: of the samples' ids.
+        painter: a mosaic's pixels, (H, W, 3) uint8; called in several threads.
+    """
+    staging = out / f".{folder.name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    _made(staging)
+    names = [f"{number:06d}.png" for number in range(len(mosaics))]
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda mosaic, name: _save(painter(mosaic), staging / name), mosaics, names))
     shutil.rmtree(out / folder, ignore_errors=True)
-    staging.rename(_made(out / "images") / split)
-    return samples
+    staging.rename(_made((out / folder).parent) / folder.name)
+    return [
+        (f"{prefix}-{number:06d}", str(folder / name), mosaic)
+        for number, (name, mosaic) in enumerate(zip(names, mosaics, strict=True))
+    ]
 
 
-def _conversation(name: str, image: str, mosaic: Mosaic) -> dict:
+def _save(pixels: np.ndarray, path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(pixels).save(path, compress_level=1)
+
+
+def conversation(name: str, image: str, mosaic: Mosaic) -> dict:
+    """A sample of LLaVA's conversation file."""
     messages = []
     for turn in mosaic.turns:
         messages.append({"from": "human", "value": turn.question if messages else f"<image>\n{turn.question}"})
         messages.append({"from": "gpt", "value": turn.answer})
     return {"id": name, "image": image, "conversations": messages}
+
+
+def write_questions(questions: Path, answers: Path, samples: list[Sample]) -> None:
+    """The first turn of each sample in LLaVA's question file, and the right answers for `score`."""
+    write_text(questions, _lines(_question(*sample) for sample in samples))
+    write_text(answers, _lines(_answer(*sample) for sample in samples))
 
 
 def _question(name: str, image: str, mosaic: Mosaic) -> dict:
@@ -127,7 +164,8 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes to another name, then renames."""
     staging = path.with_name(f".{path.name}")
     staging.write_text(text, encoding="utf-8")
     staging.rename(path)

@@ -12,6 +12,8 @@ from ..reporting.samples import HfInputs, LlavaInputs, Sample, make_batches
 from ..stacks import stack_of
 from .grid import Grid, Tower, anyres_grids, single_grid
 
+GREEDY = {"do_sample": False, "num_beams": 1, "use_cache": True}
+
 
 class Chat(Protocol):
     """A model that can be asked about pictures. `size` is a picture's width and height."""
@@ -19,8 +21,17 @@ class Chat(Protocol):
     model: nn.Module
     inputs: LlavaInputs | HfInputs
 
+    def batch(self, samples: list[Sample]) -> dict[str, Any]:
+        """Arguments of `generate` that ask questions about pictures as one batch, on the model's device."""
+        (batch,) = make_batches(self.inputs, samples, len(samples), 0)
+        return batch
+
+    def answers_to(self, batch: dict[str, Any], max_new_tokens: int) -> list[str]:
+        """The greedy answers to a batch; the settings are those of LLaVA's evaluation at temperature 0."""
+
     def answers(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
         """The greedy answers to questions about pictures, asked as one batch."""
+        return self.answers_to(self.batch(samples), max_new_tokens)
 
     def grids(self, size: tuple[int, int], vision_tokens: int) -> tuple[Grid, ...]:
         """Where the vision tokens of one picture lie; ValueError where that is not known."""
@@ -47,7 +58,7 @@ def load_chat(directory: str, stack: str | None, base: str | None, template: str
     return HfChat(directory)
 
 
-class LlavaChat:
+class LlavaChat(Chat):
     """LLaVA's own code base, loaded by its own loader; arguments and errors as `load_chat`."""
 
     def __init__(self, directory: str, base: str | None, template: str):
@@ -65,9 +76,9 @@ class LlavaChat:
         self.tokenizer = tokenizer
         self.inputs = LlavaInputs(self.model, tokenizer, self.processor, template)
 
-    def answers(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
+    def answers_to(self, batch: dict[str, Any], max_new_tokens: int) -> list[str]:
         """See `Chat`."""
-        output, _ = _generate(self, samples, max_new_tokens)
+        output = self.model.generate(**batch, **GREEDY, max_new_tokens=max_new_tokens)
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     def grids(self, size: tuple[int, int], vision_tokens: int) -> tuple[Grid, ...]:
@@ -94,7 +105,7 @@ class LlavaChat:
         return _complete(anyres_grids(size, tower, canvas, rows, columns), vision_tokens)
 
 
-class HfChat:
+class HfChat(Chat):
     """Hugging Face's classes; arguments and errors as `load_chat`."""
 
     def __init__(self, directory: str):
@@ -105,9 +116,9 @@ class HfChat:
         self.model = AutoModelForImageTextToText.from_pretrained(directory, **settings).eval()
         self.inputs = HfInputs(self.model, self.processor)
 
-    def answers(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
+    def answers_to(self, batch: dict[str, Any], max_new_tokens: int) -> list[str]:
         """See `Chat`."""
-        output, batch = _generate(self, samples, max_new_tokens)
+        output = self.model.generate(**batch, **GREEDY, max_new_tokens=max_new_tokens)
         answers = output[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
 
@@ -118,7 +129,7 @@ class HfChat:
         if not isinstance(vision.image_size, int) or vision.model_type == "pixtral":
             raise ValueError(
                 f"tokens of the vision tower {vision.model_type!r} can not be drawn: supported are towers with a "
-                "square input (CLIP, SigLIP)"
+                "square input (CLIP, SigLIP, DINOv2)"
             )
         tower = Tower(vision.image_size, vision.patch_size)
         if config.model_type == "llava":
@@ -131,13 +142,6 @@ class HfChat:
         rows, columns = _unpadded(canvas, tower, lambda places: unpad_image(places, size[::-1]))
         shape = _resampled_shape(config, tower, len(rows), len(columns))
         return _complete(anyres_grids(size, tower, canvas, rows, columns, shape), vision_tokens)
-
-
-def _generate(chat: Chat, samples: list[Sample], max_new_tokens: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """What `generate` returns, and its arguments; the settings are those of LLaVA's evaluation at temperature 0."""
-    (batch,) = make_batches(chat.inputs, samples, len(samples), 0)
-    settings = {"do_sample": False, "num_beams": 1, "use_cache": True, "max_new_tokens": max_new_tokens}
-    return chat.model.generate(**batch, **settings), batch
 
 
 def _unpadded(canvas: tuple[int, int], tower: Tower, unpad: Any) -> tuple[range, range]:

@@ -21,7 +21,7 @@ def generate(model, batch, **how):
     return model.generate(**batch, max_new_tokens=6, min_new_tokens=6, **{"do_sample": False, **how})
 
 
-KINDS = (("llava", "left"), ("llava-mistral", "right"), ("next", "none"))
+KINDS = (("llava", "left"), ("llava-mistral", "right"), ("next", "none"), ("dino", "left"))
 CASES = [(*kind, name) for kind in KINDS for name in IN_DECODER if (kind[0], name) != ("next", "vtw")]
 
 
@@ -48,10 +48,12 @@ def test_masked_equals_hard(kind, padding, name):
     assert torch.equal(logits(model, batch), stock)
 
 
-@pytest.mark.parametrize("padding", ["left", "right", "none"])
+@pytest.mark.parametrize(
+    ("kind", "padding"), [("llava", "left"), ("llava", "right"), ("llava", "none"), ("dino", "left")]
+)
 @pytest.mark.parametrize("name", BEFORE_DECODER)
-def test_fewer_features_go_in_and_the_prompt_stays_as_it_was(name, padding):
-    model = tiny("llava")
+def test_fewer_features_go_in_and_the_prompt_stays_as_it_was(name, kind, padding):
+    model = tiny(kind)
     batch = batch_of(model, LENGTHS, IMAGES, padding)
     stock = logits(model, batch)
     attach_baseline(model, name, average_tokens=9)
@@ -73,7 +75,9 @@ def test_fewer_features_go_in_and_the_prompt_stays_as_it_was(name, padding):
         with prune_mode(model, "masked"):
             assert torch.equal(generate(model, batch), answers)
         assert torch.equal(answers[:, : batch["input_ids"].shape[1]], batch["input_ids"])
-        assert torch.equal(answers[:, batch["input_ids"].shape[1]], together[:, -1].argmax(-1))
+        first = together[:, -1].clone()
+        first[:, model.generation_config.eos_token_id] = -torch.inf  # which the least length forbids
+        assert torch.equal(answers[:, batch["input_ids"].shape[1]], first.argmax(-1))
     detach_pruners(model)
     assert torch.equal(logits(model, batch), stock) and "generate" not in model.__dict__
 
@@ -116,3 +120,17 @@ def test_visionzip_needs_a_class_token():
     del model.model.vision_tower.embeddings.class_embedding
     with pytest.raises(ValueError, match="class token"):
         attach_baseline(model, "visionzip", average_tokens=9)
+
+
+@pytest.mark.parametrize("kind", ["llava", "dino"])
+@torch.no_grad()
+def test_visionzip_keeps_what_the_class_token_of_either_tower_attends_to(kind):
+    model = tiny(kind, attention="eager")
+    batch = batch_of(model, [9, 9], [1, 1])
+    tower = model.model.vision_tower
+    paid = tower(batch["pixel_values"], output_attentions=True).attentions[-1][:, :, 0, 1:].sum(1)
+    with attach_baseline(model, "visionzip", average_tokens=12):
+        logits(model, batch)
+        kept = last_report(model).kept[0]
+    for row in range(2):  # 10 dominant and 2 contextual
+        assert set(paid[row].topk(10).indices.tolist()) < set(kept[row].tolist()) and len(kept[row]) == 12

@@ -9,7 +9,8 @@ from reference import FOLDER, pictures
 from llava_prune.baselines import METHODS
 from llava_prune.comparing.cells import plan
 from llava_prune.comparing.command import main
-from llava_prune.comparing.questions import read_questions
+from llava_prune.comparing.prepared import PreparedBatches
+from llava_prune.comparing.questions import Question, read_questions
 from llava_prune.comparing.runner import Settings, run_cell
 from llava_prune.convert import main as convert
 from llava_prune.testbed.install import install_base
@@ -58,3 +59,20 @@ def test_answers_and_tokens_are_the_same_in_batches(data):
             run_cell(chat, cell, questions, Settings(batch_size=size, max_new_tokens=4, timed=0)) for size in (1, 3)
         )
         assert one["questions"] == many["questions"], cell.title
+
+
+def test_pictures_are_prepared_once_as_far_as_memory_allows(data, monkeypatch):
+    chat = load_chat(str(data / "hf"), None, None, "v1")
+    questions = read_questions(data / "asked.jsonl", data, data / "answers.jsonl", None)
+    opened, sample = [], Question.sample
+    monkeypatch.setattr(Question, "sample", lambda question: opened.append(question.id) or sample(question))
+    settings = Settings(batch_size=2, max_new_tokens=4, timed=0)
+    cells = plan(["uniform", "fastv"], {}, [48.0])
+    answers = [run_cell(chat, cell, questions, settings)["questions"] for cell in cells]
+    first = 2 * 3 * 192**2 * 4 + 50_000  # pixels and words of the first batch, and no room for the second
+    for memory, openings in ((2**30, [1, 1, 1]), (first, [1, 1, 3]), (0, [3, 3, 3])):
+        del opened[:]
+        prepared = PreparedBatches(chat, questions, 2, memory)
+        for cell, expected in zip(cells, answers, strict=True):
+            assert run_cell(chat, cell, questions, settings, prepared)["questions"] == expected, cell.title
+        assert [opened.count(question.id) for question in questions] == openings

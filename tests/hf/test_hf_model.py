@@ -93,6 +93,29 @@ def test_labels_give_the_loss_of_the_text_logits(mode):
     torch.testing.assert_close(output.loss, expected)
 
 
+@pytest.mark.parametrize("kind", ["llava", "next", "onevision"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_a_training_step_computes_the_logits_of_answers_alone_and_the_same_loss(kind, padding):
+    model = tiny(kind)
+    batch = batch_of(model, [9, 14, 7], [1, 2, 1], padding, answers=[3, 4, 2])
+    results = []
+    with pruned(model, "soft") as handle:
+        for loss_only in (False, True):
+            handle.state.loss_only = loss_only
+            handle.pruners.zero_grad()
+            output = model(**batch)
+            output.loss.backward()
+            results.append((output.loss.detach(), output.logits.shape[1]))
+            gradients = [parameter.grad for parameter in handle.pruners.parameters()]
+            results[-1] += (torch.cat([g.flatten() for g in gradients if g is not None]),)
+    (loss, length, gradient), (same_loss, fewer, same_gradient) = results
+    first = int((batch["labels"] != -100).any(0).nonzero().min())
+    assert length == batch["input_ids"].shape[1] and fewer == length - first + 1 < length
+    torch.testing.assert_close(loss, same_loss)
+    torch.testing.assert_close(gradient, same_gradient)
+    assert gradient.abs().max() > 0
+
+
 def test_the_loss_is_the_same_in_masked_and_hard():
     model = tiny()
     batch = batch_of(model, [9, 14, 7], [1, 2, 0], "left", answers=[3, 4, 2])

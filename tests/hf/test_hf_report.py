@@ -26,10 +26,11 @@ TINY = ModelShape(
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dino"])
 def test_every_line_is_what_the_torch_counter_counts(kind):
     model = tiny(kind)
-    handle = attach_pruners(model, replace(SETTINGS, use_attn_residual=kind == "onevision"))
+    other = {"onevision": {"use_attn_residual": True}, "dino": {"use_question": False}}
+    handle = attach_pruners(model, replace(SETTINGS, **other.get(kind, {})))
     randomise_pruners(handle)
     inputs = batch_of(model, [9], [1], padding_side="none")
     tower, projector = vision_modules(model)

@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from launch import ROOT, environment, free_port, history
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
+from llava_prune import load_pruners
 from llava_prune.convert import convert
 from llava_prune.data_hf import Collator, ConversationDataset
+from llava_prune.reporting.samples import Sample
 from llava_prune.testbed.prepare import prepare
 from llava_prune.train_hf import arguments_class
 from llava_prune.turns import supervise_one_turn
+from llava_prune.visualize.chat import load_chat
 
 # noise off and per-sample terms only: then one process on the whole batch must see what two see on halves
 QUIET = {
@@ -207,3 +211,8 @@ def test_lora_trains_beside_the_pruners(bed, tmp_path):
     description = json.loads((tmp_path / "prune_config.json").read_text())
     assert description["base_model"]["name"] == "llava-mosaic-tiny"
     assert len(description["keep_fractions"]) == 3
+    chat = load_chat(str(tmp_path), None, None, "v1")  # the adapter on its base, and its pruners
+    state = chat.model.state_dict()
+    assert all(any(torch.equal(own, value) for value in state.values()) for own in list(adapter.values())[:4])
+    with load_pruners(chat.model, tmp_path):
+        assert chat.answers([Sample(Image.new("RGB", (64, 64)), "Is there a circle?")], 2)

@@ -4,6 +4,7 @@ import torch
 from law import randomise_pruners  # noqa: F401 (tests take it from here)
 from transformers import (
     CLIPVisionConfig,
+    Dinov2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -44,7 +45,7 @@ def text_config(kind="llama", layers=6, hidden=32, heads=4, **extra):
 
 
 def tiny(kind="llava", attention="sdpa", layers=6, seed=0, **text):
-    """A random model in eval mode, fp32: `llava` has 16 vision tokens an image, the others depend on the image."""
+    """A random model in eval mode, fp32: `llava` and `dino` have 16 vision tokens an image, of others it depends."""
     torch.manual_seed(seed)
     tower = {
         "hidden_size": 24,
@@ -57,9 +58,10 @@ def tiny(kind="llava", attention="sdpa", layers=6, seed=0, **text):
     pinpoints = [[2 * IMAGE, IMAGE], [IMAGE, 2 * IMAGE], [2 * IMAGE, 2 * IMAGE]]
     shared = {"image_token_id": IMAGE_TOKEN, "vision_feature_layer": -1, "tie_word_embeddings": False}
     family, _, decoder = kind.partition("-")
-    if family == "llava":
+    if family in ("llava", "dino"):
+        dino = {name: value for name, value in tower.items() if name != "intermediate_size"}
         config = LlavaConfig(
-            vision_config=CLIPVisionConfig(**tower),
+            vision_config=CLIPVisionConfig(**tower) if family == "llava" else Dinov2Config(**dino, mlp_ratio=2),
             text_config=text_config(decoder or "llama", layers, **text),
             **shared,
         )
