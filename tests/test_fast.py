@@ -167,6 +167,17 @@ def test_a_cache_whose_memory_was_taken_over_is_refused(pruned):
             pruned(input_ids=torch.tensor([[7]] * 3), attention_mask=mask, past_key_values=old)
 
 
+def test_positions_that_the_model_does_not_know_are_refused(tower_folder):
+    model = tiny_llava(tower_folder)
+    model.config.max_position_embeddings = 40
+    inputs = batch_of([9], [1], "none")
+    with (
+        accelerate(model, **SMALL),
+        pytest.raises(ValueError, match="position 41 is past max_position_embeddings, 40"),
+    ):
+        answer(model, inputs)
+
+
 def test_accelerating_twice_is_refused(llava):
     with accelerate(llava, **SMALL), pytest.raises(ValueError, match="accelerated already"):
         accelerate(llava)

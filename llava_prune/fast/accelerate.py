@@ -318,6 +318,12 @@ class FastHandle:
             seen = generation.prompt_length + generation.new
             position = torch.arange(seen, seen + tokens, device=embeds.device)[None]
         end = generation.new + tokens
+        limit = self.decoder.config.max_position_embeddings
+        if generation.prompt_length + end > limit:
+            raise ValueError(
+                f"position {generation.prompt_length + end} is past max_position_embeddings, {limit}: lower "
+                "max_new_tokens, or generate on the plain path"
+            )
         blocked = torch.zeros(batch, caches.room, dtype=torch.bool, device=embeds.device)
         if call.get("attention_mask") is not None:
             blocked[:, :end] = ~call["attention_mask"][:, -end:].bool()

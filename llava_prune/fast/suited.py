@@ -60,6 +60,9 @@ def call_reason(call: dict[str, Any], config: Any) -> str | None:
         value = call.get(name)
         if value or (value is None and getattr(config, name, False)):
             return f"{name} is asked for"
+    given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if given.shape[1] > config.max_position_embeddings:
+        return f"the prompt is longer than max_position_embeddings, {config.max_position_embeddings}"
     mask = call.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         return f"the attention mask has {mask.dim()} dimensions, not (batch, length)"
