@@ -75,7 +75,7 @@ def _with_a_hook(model):
     ("change", "emulate", "message"),
     [
         (lambda model: model, False, "no CUDA graphs on a CPU"),
-        (_with_a_hook, True, "mlp has forward hooks"),
+        (_with_a_hook, True, "a LlamaMLP has forward hooks"),
         (partial(with_lora, how="attached"), True, "merge LoRA"),
     ],
     ids=["cpu", "hook", "lora"],

@@ -231,6 +231,9 @@ class FastHandle:
         key = packed.shapes()
         if key in self._prompts:
             self._prompts[key].copy_(packed)
+        elif len(self._prompts) >= self.graphs.limit:
+            self._prompts.clear()
+            self.graphs.clear()
         return self._prompts.setdefault(key, packed)
 
     def _stages(self, prune: PruneHandle | None) -> list[Stage]:
@@ -260,9 +263,8 @@ class FastHandle:
             layer_rows = capacities(spans[: number + 1], widths, self.room)
             if self.arena.reserve(batch, sum(layer_rows)):
                 self.graphs.clear()
-            views = self.arena.views(batch, layer_rows)
             counts = None if prompt.counts is None or stage.decision is None else prompt.counts[number]
-            call = partial(stage, prompt, before, rows, vision, counts, views[stage.start :])
+            call = partial(self._stage_rows, stage, prompt, before, rows, vision, counts, layer_rows)
             # what a graph reads is told by its identity: the graph holds on to it, so no other can take that over
             key = ("prompt", id(prompt), id(before), widths, vision)
             replay = self.graphs.get(key, call)
@@ -278,7 +280,21 @@ class FastHandle:
                 rows = min(self._rounded(max(kept)), rows)
                 vision = min(self._rounded(most), rows)
         start, held = (self._buffer(name, torch.stack(lengths)) for name in ("start", "held"))
-        return Caches(spans, widths, self.room, start, held, views), before
+        return Caches(spans, widths, self.room, start, held, self.arena), before
+
+    def _stage_rows(
+        self,
+        stage: Stage,
+        prompt: Prompt,
+        before: StageRows | None,
+        rows: int,
+        vision: int,
+        counts: Tensor | None,
+        layer_rows: list[int],
+    ) -> StageRows:
+        """`stage`, its caches behind those of the layers before it."""
+        views = self.arena.views(len(prompt.hidden), layer_rows)
+        return stage(prompt, before, rows, vision, counts, views[stage.start :])
 
     @staticmethod
     def _note(record: ForwardRecord, layer: int, prompt: Prompt, rows: StageRows) -> None:
@@ -348,7 +364,7 @@ class FastHandle:
         while room < generation.new + tokens:
             room *= 2
         if room != generation.caches.room:
-            generation.caches, moved = generation.caches.widened(self.arena, room)
+            generation.caches, moved = generation.caches.widened(room)
             if moved:
                 self.graphs.clear()
         return generation.caches

@@ -73,7 +73,7 @@ def cache_class() -> type:
 
         def __init__(self, generation: Generation):
             self.generation = generation
-            self.layers = [FastLayer(generation, index) for index in range(len(generation.caches.views))]
+            self.layers = [FastLayer(generation, index) for index in range(sum(generation.caches.spans))]
 
         is_compileable = False
 

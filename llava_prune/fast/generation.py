@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class Caches:
         room: new tokens that fit behind them.
         start: (K, B) long, valid rows of the prompt in each stage.
         held: (K, B) long, the same with the new tokens.
-        views: of each layer's cache.
+        arena: where keys and values lie.
     """
 
     spans: tuple[int, ...]
@@ -30,7 +31,12 @@ class Caches:
     room: int
     start: Tensor
     held: Tensor
-    views: list[CacheView]
+    arena: Arena
+
+    @cached_property
+    def views(self) -> list[CacheView]:
+        """Of each layer's cache, as the arena lies now."""
+        return self.arena.views(self.batch, capacities(self.spans, self.widths, self.room))
 
     @property
     def batch(self) -> int:
@@ -42,17 +48,16 @@ class Caches:
         stages = [width for span, width in zip(self.spans, self.widths, strict=True) for _ in range(span)]
         return stages[layer]
 
-    def widened(self, arena: Arena, room: int) -> tuple[Caches, bool]:
+    def widened(self, room: int) -> tuple[Caches, bool]:
         """The same rows in caches with more room, and whether the arena moved."""
         held = [CacheView(view.keys.clone(), view.values.clone()) for view in self.views]
-        rows = capacities(self.spans, self.widths, room)
-        moved = arena.reserve(self.batch, sum(rows))
-        views = arena.views(self.batch, rows)
-        for view, old in zip(views, held, strict=True):
+        moved = self.arena.reserve(self.batch, sum(capacities(self.spans, self.widths, room)))
+        wider = replace(self, room=room)
+        for view, old in zip(wider.views, held, strict=True):
             count = old.keys.shape[2]
             view.keys[:, :, :count].copy_(old.keys)
             view.values[:, :, :count].copy_(old.values)
-        return Caches(self.spans, self.widths, room, self.start, self.held, views), moved
+        return wider, moved
 
 
 def capacities(spans: tuple[int, ...], widths: tuple[int, ...], room: int) -> list[int]:

@@ -21,6 +21,7 @@ class CudaReplay:
     """
 
     def __init__(self, function: Callable[[], Outputs], pool: Any):
+        self.function = function  # holds on to what the graph reads
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

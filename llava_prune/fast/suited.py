@@ -19,14 +19,14 @@ def decoder_reason(decoder: nn.Module, own_hooks: set[int]) -> str | None:
     """
     if decoder.training:
         return "the model is in training mode"
+    for module in decoder.layers.modules():  # at every prefill, so without names
+        if "_hf_hook" in module.__dict__:
+            return "accelerate moves its layers between devices"
+        if {*module._forward_pre_hooks, *module._forward_hooks} - own_hooks:
+            return f"a {type(module).__name__} has forward hooks, which a replayed graph would pass by"
     for layer in decoder.layers:
-        for name, module in layer.named_modules():
-            if hasattr(module, "_hf_hook"):
-                return "accelerate moves its layers between devices"
-            hooks = {*module._forward_pre_hooks, *module._forward_hooks}
-            if hooks - own_hooks:
-                return f"{name or 'a decoder layer'} has forward hooks, which a replayed graph would pass by"
-            if name.rpartition(".")[2] in PROJECTIONS and type(module) is not nn.Linear:
+        for name, module in (*layer.self_attn._modules.items(), *layer.mlp._modules.items()):
+            if name in PROJECTIONS and type(module) is not nn.Linear:
                 return (
                     f"{name} is a {type(module).__module__}.{type(module).__name__}: merge LoRA "
                     "(model.merge_and_unload()), and load the base unquantised"
