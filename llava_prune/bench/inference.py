@@ -217,7 +217,6 @@ def _count(
     """Tokens, FLOPs and bytes, from a plain call; those of the stock model are those of mode origin."""
     with method.attach(model) as attached:
         with nullcontext(attached) if attached is not None else attach_method(model, mode="origin") as handle:
-            handle = getattr(handle, "handle", handle)
             _call(model, batch, 1, {})()
             report = last_report(model)
             rows = report.tokens_per_layer + report.text_tokens[:, None]
