@@ -19,3 +19,10 @@ def counted(model, **inputs):
 def total(counts, prefix):
     """Sum over the modules right below `prefix`, `layers.` for instance."""
     return sum(flops for name, flops in counts.items() if name.startswith(prefix) and "." not in name[len(prefix) :])
+
+
+def pruned_at(folder, *layers, tokens=41):
+    """A config file of pruners at these layers, for commands that take one."""
+    path = folder / "prune.yaml"
+    path.write_text(f"pruning_layers: {list(layers)}\ntarget_token_num: {tokens}\npruner_dim: 16\npruner_heads: 4\n")
+    return path

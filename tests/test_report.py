@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from counted import pruned_at
 from PIL import Image
 from tiny import batch_of, randomise_pruners, tiny_llava
 
@@ -201,7 +202,18 @@ def test_command_on_a_checkpoint_with_pruners_and_questions(model, pruners, test
 
 
 def test_command_with_untrained_pruners_and_synthetic_samples_in_a_batch(model, tmp_path):
-    arguments = ["--model", model, "--prune_config", "mosaic", "--number", 2, "--batch_size", 2, "--text_tokens", 30]
+    arguments = [
+        "--model",
+        model,
+        "--prune_config",
+        pruned_at(tmp_path, 1, 3, 5),
+        "--number",
+        2,
+        "--batch_size",
+        2,
+        "--text_tokens",
+        30,
+    ]
     arguments += ["--mode", "masked", "--attn", "eager", "--json", tmp_path / "report.json"]
     main([*map(str, arguments), *QUICK])
     result = json.loads((tmp_path / "report.json").read_text())
@@ -214,7 +226,16 @@ def test_command_with_untrained_pruners_and_synthetic_samples_in_a_batch(model, 
 
 def test_command_on_a_shape(tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "llava-1.5-7b", TINY)
-    arguments = ["--shape", "llava-1.5-7b", "--prune_config", "mosaic", "--average_tokens", 8, "--number", 1]
+    arguments = [
+        "--shape",
+        "llava-1.5-7b",
+        "--prune_config",
+        pruned_at(tmp_path, 1, 3, 5),
+        "--average_tokens",
+        8,
+        "--number",
+        1,
+    ]
     main([*map(str, [*arguments, "--json", tmp_path / "report.json"]), *QUICK])
     result = json.loads((tmp_path / "report.json").read_text())
     assert result["model"]["weights"] == "random" and result["model"]["stack"] == "llava"

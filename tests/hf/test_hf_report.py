@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from counted import counted, total
+from counted import counted, pruned_at, total
 from tiny_hf import KINDS, batch_of, randomise_pruners, tiny
 
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
@@ -76,7 +76,16 @@ def test_the_7b_shape_has_its_parameters():
 
 def test_command_on_a_shape(tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "llava-1.5-7b", TINY)
-    arguments = ["--shape", "llava-1.5-7b", "--prune_config", "mosaic", "--average_tokens", 8, "--number", 1]
+    arguments = [
+        "--shape",
+        "llava-1.5-7b",
+        "--prune_config",
+        pruned_at(tmp_path, 1, 3, 5),
+        "--average_tokens",
+        8,
+        "--number",
+        1,
+    ]
     arguments += ["--new_tokens", 2, "--warmup", 0, "--repeats", 1, "--json", tmp_path / "a.json"]
     main(list(map(str, arguments)))
     result = json.loads((tmp_path / "a.json").read_text())
@@ -86,7 +95,16 @@ def test_command_on_a_shape(tmp_path, monkeypatch):
 
 def test_command_on_a_converted_checkpoint(tmp_path):
     convert(install_base(tmp_path), tmp_path / "hf")
-    arguments = ["--model", tmp_path / "hf", "--prune_config", "mosaic", "--number", 2, "--json", tmp_path / "a.json"]
+    arguments = [
+        "--model",
+        tmp_path / "hf",
+        "--prune_config",
+        pruned_at(tmp_path, 1, 3, 5),
+        "--number",
+        2,
+        "--json",
+        tmp_path / "a.json",
+    ]
     main([*map(str, arguments), "--new_tokens", "2", "--warmup", "0", "--repeats", "1"])
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["model"]["stack"] == "hf" and list(result["modes"]) == ["origin", "hard"]
@@ -103,7 +121,16 @@ def test_questions_go_through_the_processor(tmp_path):
     questions = ["what is in the top left?", "is there a red circle?"]
     lines = [json.dumps({"question_id": i, "image": "a.png", "text": text}) for i, text in enumerate(questions)]
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
-    arguments = ["--model", tmp_path / "hf", "--prune_config", "mosaic", "--number", 2, "--batch_size", 2]
+    arguments = [
+        "--model",
+        tmp_path / "hf",
+        "--prune_config",
+        pruned_at(tmp_path, 1, 3, 5),
+        "--number",
+        2,
+        "--batch_size",
+        2,
+    ]
     arguments += ["--question-file", tmp_path / "q.jsonl", "--image-folder", tmp_path, "--json", tmp_path / "a.json"]
     main([*map(str, arguments), "--new_tokens", "2", "--warmup", "0", "--repeats", "1"])
     hard = json.loads((tmp_path / "a.json").read_text())["modes"]["hard"]
