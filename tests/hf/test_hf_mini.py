@@ -36,7 +36,15 @@ from llava_prune.testbed.pictures import COLORS, SHAPES, load_pictures
 from llava_prune.testbed.questions import KINDS, WORD_KINDS, compose, subjects
 from llava_prune.testbed.words import WORDS, with_words
 
-GRIDS = {"train": (5, 5), "test": (5, 5), "wordings": (5, 5), "4x4": (4, 4), "6x6": (6, 6), "7x7": (7, 7)}
+GRIDS = {
+    "train": (5, 5),
+    "val": (5, 5),
+    "test": (5, 5),
+    "wordings": (5, 5),
+    "4x4": (4, 4),
+    "6x6": (6, 6),
+    "7x7": (7, 7),
+}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +108,7 @@ def true_answer(question, labels, columns):
 @pytest.mark.parametrize("name", GRIDS)
 def test_answers_are_right_and_of_one_split(data, pictures, name):
     rows, columns = GRIDS[name]
-    side, own = REAL.cell((rows, columns)), "train" if name == "train" else "test"
+    side, own = REAL.cell((rows, columns)), "train" if name in ("train", "val") else "test"
     known = {
         split: dict(zip((tile.tobytes() for tile in resize(p.images, side)), p.labels, strict=True))
         for split, p in pictures.items()
@@ -123,6 +131,18 @@ def test_answers_are_right_and_of_one_split(data, pictures, name):
     assert bool(seen.keys() & templates) == (name == "wordings"), "held-out wordings in a set that is not theirs"
 
 
+def test_what_choices_are_made_on_was_not_trained_on(data):
+    side = REAL.cell((5, 5))
+
+    def cells(name):
+        for path in (data / "images" / name).iterdir():
+            pixels = np.asarray(Image.open(path))
+            places = [(r * side, c * side) for r in range(5) for c in range(5)]
+            yield from (pixels[r : r + side, c : c + side].tobytes() for r, c in places)
+
+    assert len(set(cells("val"))) > 100 and not set(cells("val")) & set(cells("train"))
+
+
 def test_every_kind_is_asked_and_single_pictures_are_the_packages(data, pictures):
     lines = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     assert Counter(line["category"] for line in lines) == dict.fromkeys((*KINDS, *WORD_KINDS), 2)
@@ -132,7 +152,7 @@ def test_every_kind_is_asked_and_single_pictures_are_the_packages(data, pictures
         index = whole[np.asarray(Image.open(data / image)).tobytes()]
         assert (question, answer) in [(turn.question, turn.answer) for turn in turns[index]]
     assert {path.stem for path in data.glob("*_answers.jsonl")} == {
-        f"{name}_answers" for name in ("test", *transfer_sets(REAL))
+        f"{name}_answers" for name in ("val", "test", *transfer_sets(REAL))
     }
 
 

@@ -1,8 +1,8 @@
 """Trains mini's base as LLaVA is trained: first the projector, then projector and language model.
 
 The projector learns on listings of what a picture shows (LLaVA's captions), then both on questions; the loss is on
-the answers alone. The vision tower stays as it is, and so do the embeddings. One picture in ten is held back, to see
-how it goes; the test split is not touched.
+the answers alone. The vision tower stays as it is, and so do the embeddings. Held-back pictures tell how it goes; the
+test split is not touched.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from ..pictures import load_pictures
 from ..words import with_words
 from .assemble import assemble, save
 from .conversations import ALL_KINDS, Batch, Conversations, conversation_ids
-from .data import plain_questions
+from .data import HELD_BACK, held_back, plain_questions
 from .pack import pack, read_packed, unpack, write_packed
 from .size import MiniSize
 from .trainee import Tiles, Trainee, compile_layers
 
-HELD_BACK = 10  # one picture in so many
 TOWER_RATE = 0.2  # of the language model's learning rate
 
 
@@ -90,17 +89,14 @@ def train_base(folder: Path, size: MiniSize, settings: BaseTraining, pack_to: Pa
     tiles = Tiles(pictures, len(plain.images), size, device)
     clock["pictures"] = time.monotonic()
 
-    def stream(listings: bool, held_back: bool) -> Conversations:
-        groups = {
-            label: [i for i in group if (i % HELD_BACK == 0) == held_back]
-            for label, group in pictures.by_label().items()
-        }
+    def stream(listings: bool, checked: bool) -> Conversations:
+        groups = held_back(pictures.by_label(), checked)
         asked = [
             (i, plain.labels[i], turns)
             for i, turns in enumerate(plain_questions("train"))
-            if turns and (i % HELD_BACK == 0) == held_back
+            if turns and (i % HELD_BACK == 0) == checked
         ]
-        seed = settings.seed + held_back
+        seed = settings.seed + checked
         return Conversations(groups, asked, turn, size, settings.batch_size, listings, seed)
 
     initial = {name: value.clone() for name, value in model.state_dict().items()} if pack_to else {}

@@ -1,6 +1,7 @@
 """The files that pruners are trained on and methods are compared on.
 
 DIR/train.json, DIR/images/train/       mosaics of easy-VQA's train split and of words; some questions share one
+DIR/val.jsonl, DIR/val_answers.jsonl    mosaics of pictures of its train split that nothing was trained on
 DIR/test.jsonl, DIR/test_answers.jsonl  mosaics of its test split and of other copies of the words
 DIR/<set>.jsonl, DIR/<set>_answers.jsonl, DIR/images/<set>/   the same for every transfer set:
     4x4, ...   other grids
@@ -20,11 +21,13 @@ from random import Random
 from ..mosaic import Mosaic, MosaicSampler, Turn, paint
 from ..pictures import Pictures, load_pictures
 from ..prepare import Sample, conversation, write_pictures, write_questions, write_text
+from ..questions import Label
 from ..words import with_words
 from .size import MiniSize
 from .wordings import HELD_OUT, TRAINED
 
 RECORD = "mini.json"
+HELD_BACK = 10  # one picture of the train split in so many is not trained on
 WHOLE = (1, 1)
 
 
@@ -35,7 +38,7 @@ class DataAmounts:
     Attributes:
         mosaics: to train on.
         turns: questions about each of them, every one a sample of its own.
-        questions: of the test, and of each transfer set.
+        questions: of val, of the test, and of each transfer set.
         seed: other seeds, other data.
     """
 
@@ -45,8 +48,13 @@ class DataAmounts:
     seed: int = 0
 
 
+def held_back(groups: dict[Label, list[int]], wanted: bool) -> dict[Label, list[int]]:
+    """Those of the train split's pictures that are held back, or else the others; by label."""
+    return {label: [i for i in group if (i % HELD_BACK == 0) == wanted] for label, group in groups.items()}
+
+
 def transfer_sets(size: MiniSize) -> list[str]:
-    """Names of the sets beside `test`."""
+    """Names of the sets beside `val` and `test`."""
     return [*(f"{rows}x{columns}" for rows, columns in size.other_grids), "wordings", "plain"]
 
 
@@ -58,7 +66,7 @@ def write_data(out: Path, size: MiniSize, amounts: DataAmounts) -> Path:
     record.unlink(missing_ok=True)
     train = _mosaics(out, size, "train", size.grid, TRAINED, amounts.mosaics, amounts.turns, amounts.seed)
     write_text(out / "train.json", json.dumps(_one_question_each(train), indent=1))
-    sets = {"test": (size.grid, TRAINED), "wordings": (size.grid, HELD_OUT)}
+    sets = {"val": (size.grid, TRAINED), "test": (size.grid, TRAINED), "wordings": (size.grid, HELD_OUT)}
     sets |= {f"{grid[0]}x{grid[1]}": (grid, TRAINED) for grid in size.other_grids}
     for name, (grid, wordings) in sets.items():
         samples = _mosaics(out, size, name, grid, wordings, amounts.questions, 1, amounts.seed)
@@ -78,9 +86,12 @@ def _mosaics(
     turns: int,
     seed: int,
 ) -> list[Sample]:
-    split = "train" if name == "train" else "test"
+    split = "train" if name in ("train", "val") else "test"
     pictures = with_words(load_pictures(split), split)
-    sampler = MosaicSampler(pictures.by_label(), grid, Random(f"mini {name} {seed}"), wordings)
+    groups = pictures.by_label()
+    if split == "train":
+        groups = held_back(groups, name == "val")
+    sampler = MosaicSampler(groups, grid, Random(f"mini {name} {seed}"), wordings)
     mosaics = [sampler.draw(sampler.kinds[number % len(sampler.kinds)], turns) for number in range(count)]
     return _written(out, size, name, pictures, mosaics, grid)
 

@@ -17,7 +17,7 @@ BASE = (
     "testbed/make_base.py",
     *(
         f"testbed/mini/{name}.py"
-        for name in ("base", "trainee", "conversations", "assemble", "language", "vision", "pack")
+        for name in ("base", "trainee", "conversations", "assemble", "language", "vision", "pack", "data")
     ),
     "testbed/mini/wordings.py",
 )

@@ -174,7 +174,7 @@ class Mini:
         write_transfer(self.out, self.amounts.questions, compared)
 
     def ablations(self) -> None:
-        """Every variant at one budget; `ablations.*` in the output folder."""
+        """Every variant at one budget, asked what is not the test; `ablations.*` in the output folder."""
         from .results import write_ablations
 
         trainings: dict[str, list[Training]] = {}
@@ -190,7 +190,7 @@ class Mini:
             compared[variant] = [
                 self.comparison(
                     f"compare {variant}",
-                    "test",
+                    "val",
                     part,
                     methods="none",
                     model=part[0].job.folder if part[0].lora else self.base,
