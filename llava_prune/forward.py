@@ -17,7 +17,15 @@ from .attention_masks import of_cached_rows, of_rows, with_bias, without_keys
 from .config import PruneConfig
 from .drop import Rows
 from .layout import gather_rows, padded_index, replace_rows
-from .masks import estimate_mask, log_bias, select_best, select_tokens, straight_through_selection, topk_mask
+from .masks import (
+    bounded_where_dropped,
+    estimate_mask,
+    log_bias,
+    select_best,
+    select_tokens,
+    straight_through_selection,
+    topk_mask,
+)
 from .scoring import LayerView, Scorer
 from .soft_attention import HIDDEN, biased_layer
 from .state import ForwardRecord, PruneState
@@ -121,9 +129,12 @@ class LayerForward:
 
     def _biased(self, call: dict[str, Any], record: ForwardRecord) -> Any:
         """The layer with the soft mask as a bias on the keys, without a mask argument."""
-        mask = record.masks[self.segment] if self.scorer is None else self._decide(call, record)[0]
-        hidden, layout = call["hidden_states"], record.layout
-        bias = self._spread(log_bias(mask), record).masked_fill(~layout.valid, HIDDEN)
+        hidden = call["hidden_states"]
+        if self.scorer is None:
+            bias = record.biases[self.segment]
+        else:
+            bias = self._bias(self._decide(call, record)[0], record).masked_fill(~record.layout.valid, HIDDEN)
+            record.biases.setdefault(self.index, bias)
         cos, sin = compat.rotary_tables(self.layer.self_attn, call, hidden, hidden.shape[1])
         tables = (cos.expand(len(hidden), -1, -1), sin.expand(len(hidden), -1, -1))
         return compat.layer_output(self.layer, biased_layer(self.layer, hidden, tables, bias))
@@ -189,7 +200,7 @@ class LayerForward:
         cumulative, keep = self._decide(call, record)
         layout, dtype = record.layout, call["hidden_states"].dtype
         if record.mode == "soft" or self.layer.training:
-            attention_mask = with_bias(call["attention_mask"], self._spread(log_bias(cumulative), record), dtype)
+            attention_mask = with_bias(call["attention_mask"], self._bias(cumulative, record), dtype)
         elif torch.equal(keep, layout.vision_valid):
             attention_mask = call["attention_mask"]  # nothing dropped: the stock call, bit for bit
         else:
@@ -210,6 +221,10 @@ class LayerForward:
                 mask = without_keys(mask, present, hidden.shape[1], hidden.dtype, self.flash)
             record.attention_masks[self.segment] = mask
         return record.attention_masks[self.segment]
+
+    def _bias(self, cumulative: Tensor, record: ForwardRecord) -> Tensor:
+        """(B, T) fp32, what attention adds to its scores of each position for a cumulative mask (B, N)."""
+        return self._spread(log_bias(bounded_where_dropped(cumulative)), record)
 
     @staticmethod
     def _spread(values: Tensor, record: ForwardRecord) -> Tensor:

@@ -3,6 +3,8 @@
 Everything is computed in fp32 whatever the model's dtype, and imports torch alone.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -154,6 +156,29 @@ def log_bias(mask: Tensor) -> Tensor:
     softmax(s + log M) weighs each key's exp(s) by M. The eps is taken off at M = 1, so a mask of ones is a bias of 0.
     """
     return torch.log(mask.float() * (1 - LOG_EPS) + LOG_EPS)
+
+
+class _BoundedWhereDropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask > 0)
+        return mask.view_as(mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (kept,) = ctx.saved_tensors
+        limit = gradient.abs().masked_fill(~kept, 0).amax() if gradient.numel() else gradient.new_zeros(())
+        return torch.where(kept, gradient, gradient.clamp(-limit, limit))
+
+
+def bounded_where_dropped(mask: Tensor) -> Tensor:
+    """The mask itself; the gradient of its zeros is clipped to the largest of those that are not zero.
+
+    Attention weighs a key m exp(s) / (Z + m exp(s)), whose slope at m = 1 is at most 1/4, but exp(s) / Z at m = 0. Of
+    a token that a head looks for that is a thousandfold of what keeping it could change, and a step would learn from
+    this one token alone. Soft masks have no zeros, so theirs is untouched.
+    """
+    return _BoundedWhereDropped.apply(mask)
 
 
 def average_token_fraction(kept_counts: Tensor, totals: Tensor, layers: tuple[int, ...], num_layers: int) -> Tensor:

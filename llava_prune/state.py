@@ -33,6 +33,7 @@ class ForwardRecord:
             to decide about: dropped by an earlier layer, or filler.
         rows: per pruning layer the rows still present (hard).
         attention_masks: per pruning layer the mask argument its decoder layers take in the running step.
+        biases: per pruning layer (B, T) fp32, what stands in for the mask argument where the mask has a gradient.
         budgets: per sample the tokens that each pruning layer keeps, or None (selection threshold).
         full_length: positions seen so far, pruned or not: the length of layer 0's cache.
         prefix: arguments of the first pruning layer, for the unpruned pass to restart from.
@@ -50,6 +51,7 @@ class ForwardRecord:
     probabilities: dict[int, Tensor] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)
     attention_masks: dict[int, Tensor | None] = field(default_factory=dict)
+    biases: dict[int, Tensor] = field(default_factory=dict)
     budgets: list[tuple[int, ...] | None] | None = None
     decoding: bool = False
     prefix: dict[str, Any] | None = None
@@ -77,7 +79,7 @@ class ForwardRecord:
             return
         self.layout = self.layout.to(device)
         decided = (self.logits, self.masks, self.charged, self.kept, self.probabilities, self.rows)
-        for table in (*decided, self.attention_masks, self.notes):
+        for table in (*decided, self.attention_masks, self.biases, self.notes):
             for key, value in table.items():
                 table[key] = None if value is None else value.to(device)
 

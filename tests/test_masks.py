@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from llava_prune.masks import (
     average_token_fraction,
+    bounded_where_dropped,
     estimate_mask,
     keep_probability,
     log_bias,
@@ -90,6 +91,27 @@ def test_a_dropped_token_still_feels_the_loss():
         return mask.grad[2]
 
     assert torch.allclose(slope(0.0), slope(1e-3), rtol=1e-2) and slope(0.0).abs() > 1e-4
+
+
+def test_dropped_tokens_feel_no_more_than_kept_ones():
+    """A head that looks for a dropped token: unbounded its gradient is e^6 of what keeping it would change."""
+    scores, values = torch.tensor([0.0, 0.5, 6.0, -1.0]), torch.tensor([1.0, -1.0, 3.0, 0.2])
+    hard = torch.tensor([1.0, 1.0, 0.0, 0.0])
+
+    def gradient(bound):
+        mask = hard.clone().requires_grad_()
+        seen = bounded_where_dropped(mask) if bound else mask
+        assert torch.equal(seen, hard)
+        ((scores + log_bias(seen)).softmax(0) @ values).backward()
+        return mask.grad
+
+    free, bounded = gradient(False), gradient(True)
+    kept = free[:2].abs().max()
+    assert free[2] > 100 * kept and free[3].abs() < kept
+    assert torch.equal(bounded, torch.stack([free[0], free[1], kept, free[3]]))
+    soft = torch.tensor([0.9, 1e-4]).requires_grad_()
+    (bounded_where_dropped(soft) * torch.tensor([1.0, 50.0])).sum().backward()
+    assert torch.equal(soft.grad, torch.tensor([1.0, 50.0])), "soft masks are left alone"
 
 
 def test_straight_through_selection_is_binary_forward_and_soft_backward():

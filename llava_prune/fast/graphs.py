@@ -88,3 +88,5 @@ class Graphs:
     def clear(self) -> None:
         """Forget all: the memory they read or wrote is no longer there."""
         self._made.clear()
+        if self.cuda:
+            self._pool = torch.cuda.graph_pool_handle()  # the old one ended with the last graph in it
