@@ -59,6 +59,7 @@ class PruneConfig:
     pruner_heads: int = _field(8, "attention heads of a pruner")
     use_question: bool = _field(True, "pruners read the question; if not, they see the picture alone")
     init_keep_logit: float = _field(4.0, "keep logit at the start; 4 keeps 98 % of the tokens at each layer")
+    logit_cap: float = _field(6.0, "keep logits lie within plus and minus this, by tanh, so that none is ever settled")
     use_attn_residual: bool = _field(False, "add the layer's own question-to-vision attention to the keep logit")
     attn_residual_weight: float = _field(1.0, "weight of the attention residual (its start, if learnable)")
     learn_attn_residual: bool = _field(True, "learn the weight of the attention residual")
@@ -148,6 +149,11 @@ class PruneConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if not abs(self.init_keep_logit) < self.logit_cap:
+            raise ValueError(
+                f"init_keep_logit must lie between minus and plus logit_cap, {self.logit_cap:g}, got "
+                f"{self.init_keep_logit:g}"
+            )
         if self.gradient_penalty < 0:
             raise ValueError(f"gradient_penalty must be at least 0, got {self.gradient_penalty}")
         for name in (

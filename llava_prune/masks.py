@@ -10,6 +10,8 @@ from torch import Tensor
 
 # added before the log; also the weight a dropped token keeps in a straight-through pass
 LOG_EPS = 1e-6
+# what keeping a dropped token may change, over the steepest slope of a kept one
+STEEPER = 4.0
 
 
 def keep_probability(logits: Tensor) -> Tensor:
@@ -167,16 +169,16 @@ class _BoundedWhereDropped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
-        limit = gradient.abs().masked_fill(~kept, 0).amax() if gradient.numel() else gradient.new_zeros(())
+        limit = STEEPER * gradient.abs().masked_fill(~kept, 0).amax() if gradient.numel() else gradient.new_zeros(())
         return torch.where(kept, gradient, gradient.clamp(-limit, limit))
 
 
 def bounded_where_dropped(mask: Tensor) -> Tensor:
-    """The mask itself; the gradient of its zeros is clipped to the largest of those that are not zero.
+    """The mask itself; the gradient of its zeros is clipped to `STEEPER` times the largest of those that are not zero.
 
-    Attention weighs a key m exp(s) / (Z + m exp(s)), whose slope at m = 1 is at most 1/4, but exp(s) / Z at m = 0. Of
-    a token that a head looks for that is a thousandfold of what keeping it could change, and a step would learn from
-    this one token alone. Soft masks have no zeros, so theirs is untouched.
+    Attention weighs a key m exp(s) / (Z + m exp(s)). The slope at m = 1 is at most 1/4, but exp(s) / Z at m = 0: of a
+    token that a head looks for a thousandfold of what keeping it could change, which is at most 1, and a step would
+    learn from this one token alone. Soft masks have no zeros, so theirs is untouched.
     """
     return _BoundedWhereDropped.apply(mask)
 

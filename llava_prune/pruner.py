@@ -1,5 +1,7 @@
 """`LayerPruner`: which vision tokens does this question still need, from this layer on?"""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,13 +22,15 @@ class LayerPruner(nn.Module):
 
     Args:
         hidden_size: width of the decoder.
-        config: the pruner's own fields, `use_question`, `init_keep_logit` and the attention residual's are read.
+        config: the pruner's own fields, `use_question`, `init_keep_logit`, `logit_cap` and those of the attention
+            residual are read.
     """
 
     def __init__(self, hidden_size: int, config: PruneConfig):
         super().__init__()
         rank, dim = config.pruner_rank, config.pruner_dim
         self.use_question = config.use_question
+        self.logit_cap = config.logit_cap
         self.norm_vision = nn.LayerNorm(hidden_size)
         self.norm_question = nn.LayerNorm(hidden_size)
         # stands in for the question where there is none
@@ -46,7 +50,8 @@ class LayerPruner(nn.Module):
         # small, not zero: a zero weight would give the layers below it no gradient
         nn.init.normal_(self.joint_logits.weight, std=0.02 / dim**0.5)
         with torch.no_grad():
-            self.joint_logits.bias.copy_(torch.tensor([0.0, float(config.init_keep_logit)]))
+            margin = config.logit_cap * math.atanh(config.init_keep_logit / config.logit_cap)
+            self.joint_logits.bias.copy_(torch.tensor([-margin / 2, margin / 2]))
 
     def forward(
         self, vision: Tensor, question: Tensor, question_mask: Tensor, attn_residual: Tensor | None = None
@@ -60,7 +65,7 @@ class LayerPruner(nn.Module):
             attn_residual: (B, N) question-to-vision attention relative to uniform, or None.
 
         Returns:
-            (B, N, 2) fp32 logits, drop and keep.
+            (B, N, 2) fp32 logits, drop and keep, whose difference is within `logit_cap`.
         """
         dtype = self.joint_hidden.weight.dtype
         if not self.use_question:
@@ -70,7 +75,9 @@ class LayerPruner(nn.Module):
         embedded = self.compress(self.norm_vision(vision.to(dtype)))
         joint = torch.cat([embedded, self.attention(embedded, self.compress(self.norm_question(context)), mask)], -1)
         logits = self.joint_logits(F.gelu(self.joint_hidden(self.norm_joint(joint)))).float()
+        margin = logits[..., 1] - logits[..., 0]
         if attn_residual is not None:
-            residual = self.residual_weight.float() * attn_residual.float()
-            logits = logits + torch.stack([torch.zeros_like(residual), residual], dim=-1)
-        return logits
+            margin = margin + self.residual_weight.float() * attn_residual.float()
+        # a mask that is sure has no gradient left: where all of a layer are, its pruner learns no more
+        margin = self.logit_cap * torch.tanh(margin / self.logit_cap)
+        return torch.stack([-margin / 2, margin / 2], -1)

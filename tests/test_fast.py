@@ -13,7 +13,9 @@ from tiny import batch_of, generate, randomise_pruners, tiny_llava
 from llava_prune import attach_pruners, last_report, prune_mode
 from llava_prune.baselines import METHODS, attach_baseline
 from llava_prune.compat import find_decoder
+from llava_prune.decoder_layer import PLAIN
 from llava_prune.fast import accelerate
+from llava_prune.fast.fused import fused_parts
 from llava_prune.patch import find_handle, set_mode
 from llava_prune.run import attach_as_asked, build_parser
 
@@ -225,3 +227,29 @@ def test_run_accelerates_what_it_attaches(llava):
     args = ["--baseline", "fastv", "--average_tokens", "12", "--fast", "-m", "program"]
     attach_as_asked(build_parser().parse_args(args), llava)
     assert "forward" in find_decoder(llava).__dict__ and find_handle(llava).method.name == "fastv"
+
+
+@torch.no_grad()
+def test_fused_steps_are_the_stock_ones_in_few_compilations():
+    from torch._dynamo.testing import CompileCounterWithBackend
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
+
+    counter = CompileCounterWithBackend("aot_eager")
+    fused = fused_parts(counter)
+    norms = [LlamaRMSNorm(16) for _ in range(12)]  # of more layers than torch.compile tries again for
+    mlps = [LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=24)) for _ in range(12)]
+    for norm, mlp in zip(norms, mlps, strict=True):
+        norm.weight.copy_(torch.randn(16))
+        for batch, rows in ((1, 1), (1, 9), (3, 1), (3, 12)):
+            hidden, added = torch.randn(2, batch, rows, 16)
+            query, key = torch.randn(batch, rows, 4, 8).transpose(1, 2), torch.randn(batch, rows, 2, 8).transpose(1, 2)
+            tables = torch.randn(2, batch, rows, 8).unbind()
+            given = (norm, mlp, hidden, added, query, key, tables)
+            for found, expected in zip(_steps(fused, *given), _steps(PLAIN, *given), strict=True):
+                assert torch.equal(found, expected)
+    assert counter.frame_count <= 4 * 4, "one for each step, and for one or more samples and rows"
+
+
+def _steps(parts, norm, mlp, hidden, added, query, key, tables):
+    rotated = parts.rotate(query, key, *tables)
+    return [parts.norm(norm, hidden), *parts.add_norm(norm, hidden, added), *rotated, parts.mlp(mlp, hidden)]

@@ -80,7 +80,8 @@ def test_soft_masks_of_ones_are_the_unpruned_pass(llava):
     inputs = batch_of([9, 12], [1, 1])
     with torch.no_grad():
         stock = llava(**inputs).logits
-        handle = attach_pruners(llava, PruneConfig(pruning_layers=(1, 3), target_token_num=10, init_keep_logit=60.0))
+        config = PruneConfig(pruning_layers=(1, 3), target_token_num=10, init_keep_logit=60.0, logit_cap=100.0)
+        handle = attach_pruners(llava, config)
         with prune_mode(llava, "soft"):
             soft = llava(**inputs).logits
     assert (soft - stock)[handle.state.record.layout.valid].abs().max() < 1e-5

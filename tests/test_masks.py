@@ -106,9 +106,9 @@ def test_dropped_tokens_feel_no_more_than_kept_ones():
         return mask.grad
 
     free, bounded = gradient(False), gradient(True)
-    kept = free[:2].abs().max()
-    assert free[2] > 100 * kept and free[3].abs() < kept
-    assert torch.equal(bounded, torch.stack([free[0], free[1], kept, free[3]]))
+    limit = 4 * free[:2].abs().max()
+    assert free[2] > 20 * limit and free[3].abs() < limit
+    assert torch.equal(bounded, torch.stack([free[0], free[1], limit, free[3]]))
     soft = torch.tensor([0.9, 1e-4]).requires_grad_()
     (bounded_where_dropped(soft) * torch.tensor([1.0, 50.0])).sum().backward()
     assert torch.equal(soft.grad, torch.tensor([1.0, 50.0])), "soft masks are left alone"

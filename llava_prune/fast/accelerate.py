@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
+from ..decoder_layer import PLAIN
 from ..forward import marked, placed
 from ..layout import TokenLayout
 from ..patch import PruneHandle, handle_of
 from ..state import ForwardRecord
 from .arena import Arena
 from .cache import REFUSAL, cache_class
+from .fused import fused_parts
 from .generation import Caches, Generation, capacities, decode
 from .graphs import Graphs
 from .prompt import Prompt, Widths
@@ -105,6 +107,7 @@ class FastHandle:
         self._original = self.decoder.forward
         self._bind = compat.bind_arguments(self._original)
         self._cache_class = cache_class()
+        self._parts = fused_parts() if self.graphs.cuda else PLAIN
         self._tables: tuple[Tensor, Tensor] | None = None
         self._prompts: dict[Any, Prompt] = {}
         self._buffers: dict[Any, Tensor] = {}
@@ -237,14 +240,12 @@ class FastHandle:
         return self._prompts.setdefault(key, packed)
 
     def _stages(self, prune: PruneHandle | None) -> list[Stage]:
-        layers, norm = self.decoder.layers, self.decoder.norm
-        if prune is None:
-            return [Stage(0, len(layers), layers, norm, self._tables, None, {})]
-        bounds = [0, *sorted(prune.scorers), len(layers)]
+        layers = self.decoder.layers
+        bounds = [0, *([] if prune is None else sorted(prune.scorers)), len(layers)]
+        decisions = {} if prune is None else {layer: prune.layer_forwards[layer] for layer in prune.scorers}
+        common = (layers, self.decoder.norm, self._tables)
         return [
-            Stage(start, end, layers, norm, self._tables, prune.layer_forwards.get(end), prune.watchers)
-            if end in prune.scorers
-            else Stage(start, end, layers, norm, self._tables, None, {})
+            Stage(start, end, *common, decisions.get(end), prune.watchers if end in decisions else {}, self._parts)
             for start, end in zip(bounds, bounds[1:], strict=False)
         ]
 
@@ -348,7 +349,7 @@ class FastHandle:
             self._buffer("position", position.expand(batch, -1)),
             self._buffer("blocked", blocked),
         )
-        run = partial(decode, self.decoder.layers, self.decoder.norm, self._tables, caches, *fixed)
+        run = partial(decode, self.decoder.layers, self.decoder.norm, self._tables, caches, *fixed, self._parts)
         if tokens == 1:
             key = ("token", batch, caches.spans, caches.widths, caches.room)
             hidden = self.graphs.get(key, run)()[0].clone()

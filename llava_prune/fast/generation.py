@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..decoder_layer import Tables
+from ..decoder_layer import Parts, Tables
 from .arena import Arena, CacheView
 from .layers import cached_layer
 
@@ -96,6 +96,7 @@ def decode(
     hidden: Tensor,
     position: Tensor,
     blocked: Tensor,
+    parts: Parts,
 ) -> tuple[Tensor]:
     """Q new tokens of each sample through all layers, each attending to the rows that its own layer holds.
 
@@ -104,6 +105,7 @@ def decode(
         hidden: (B, Q, D) embeddings.
         position: (B, Q) long, rotary positions.
         blocked: (B, room) bool, new tokens that the attention mask hides.
+        parts: of the layers.
 
     Returns:
         (B, Q, D) after the last norm.
@@ -116,8 +118,11 @@ def decode(
         columns = torch.arange(caches.widths[stage] + caches.room, device=hidden.device)
         new = columns - caches.start[stage][:, None]  # (B, capacity), number of the new token in each column
         hides = blocked.gather(1, new.clamp(0, caches.room - 1)) & (new >= 0)
-        allowed = (columns <= place[..., None]) & ~hides[:, None]
+        seen = (columns <= place[..., None]) & ~hides[:, None]
+        # as numbers, once a stage: attention would make them of flags in every layer
+        bias = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill(~seen, float("-inf"))[:, None]
         for _ in range(span):
-            hidden = cached_layer(layers[layer], hidden, cosine_sine, caches.views[layer], place, allowed[:, None])
+            cache = caches.views[layer]
+            hidden = cached_layer(layers[layer], hidden, cosine_sine, cache, place, bias, parts)
             layer += 1
-    return (norm(hidden),)
+    return (parts.norm(norm, hidden),)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..decoder_layer import Tables
+from ..decoder_layer import Parts, Tables
 from ..drop import Rows
 from ..forward import LayerForward, marked, placed
 from ..layout import gather_rows, padded_index, replace_rows
@@ -58,6 +58,7 @@ class Stage:
         tables: cos and sin of all positions, (P, head width).
         decision: the bound forward of layer `end`, which knows who decides; None in the last stage.
         watch: layer -> what a baseline wants to be shown of that layer's inputs.
+        parts: of the layers.
     """
 
     start: int
@@ -67,6 +68,7 @@ class Stage:
     tables: Tables
     decision: LayerForward | None
     watch: dict[int, Callable[[LayerView], None]]
+    parts: Parts
 
     def __call__(
         self,
@@ -99,10 +101,10 @@ class Stage:
             call = {"hidden_states": hidden, "position_embeddings": tables}
             if layer in self.watch:  # only in the first stage: baselines watch layers before they drop
                 self.watch[layer](LayerView.of_all_rows(self.layers[layer], call, record))
-            hidden = prompt_layer(self.layers[layer], hidden, tables, cache)
+            hidden = prompt_layer(self.layers[layer], hidden, tables, cache, self.parts)
         lengths = valid.sum(-1)
         if self.decision is None:
-            return StageRows(self.norm(hidden), source, valid, lengths)
+            return StageRows(self.parts.norm(self.norm, hidden), source, valid, lengths)
         return self._decide(hidden, source, valid, lengths, tables, record, vision, counts)
 
     def _decide(
