@@ -248,6 +248,10 @@ def test_fused_steps_are_the_stock_ones_in_few_compilations():
             for found, expected in zip(_steps(fused, *given), _steps(PLAIN, *given), strict=True):
                 assert torch.equal(found, expected)
     assert counter.frame_count <= 4 * 4, "one for each step, and for one or more samples and rows"
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):  # past the limit of compilations
+        for batch, rows in ((1, 1), (1, 9), (3, 1), (3, 12)):
+            norm, hidden = LlamaRMSNorm(16).to(dtype), torch.randn(batch, rows, 16, dtype=dtype)
+            assert torch.equal(fused_parts("aot_eager").norm(norm, hidden), norm(hidden))
 
 
 def _steps(parts, norm, mlp, hidden, added, query, key, tables):

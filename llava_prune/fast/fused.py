@@ -1,7 +1,10 @@
 """What a layer does between its matrix products, in one kernel each.
 
-The stock modules are traced by torch.compile as they are, with the rounding they have. On an H100 a token of the 7B
-shape took 8.8 ms in a graph of some 45 kernels a layer, of which the seven matrix products need 4.5 ms.
+The stock modules are traced by torch.compile as they are; only the order in which a norm adds up is not theirs.
+
+On an H100 at the 7B shape and 64 average tokens, bf16, batch 1, a token took 8.8 ms without this and 7.3 ms with it,
+the first token 13.3 ms and 10.3 ms (of two machines, the second of which was the slower one on the plain path). Of the
+7.3 ms the matrix products take 5.1 ms, at 1.15 times their floor.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from ..decoder_layer import PLAIN, Parts
 
 
 def fused_parts(backend: Any = "inductor") -> Parts:
-    """`PLAIN`, each step compiled at its first call; sizes are symbols, so that few compilations serve all."""
+    """`PLAIN`, each step compiled at its first call; sizes are symbols, so that few compilations serve all.
+
+    Past torch's limit of compilations a process (8 a step, say of several models) steps run as they are.
+    """
 
     def compiled(function: Callable) -> Callable:
         # a half-precision value between two steps is rounded as it was
         options = {"emulate_precision_casts": True} if backend == "inductor" else None
-        return torch.compile(function, dynamic=True, fullgraph=True, backend=backend, options=options)
+        return torch.compile(function, dynamic=True, backend=backend, options=options)
 
     gated = compiled(_gated)
 

@@ -44,8 +44,9 @@ def answer(model, inputs):
 @pytest.mark.parametrize("selection", ["threshold", "topk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("fuse", [False, True])
 @torch.no_grad()
-def test_graphs_are_the_plain_path(tower_folder, dtype, selection, batch):
+def test_graphs_are_the_plain_path(tower_folder, dtype, selection, batch, fuse):
     model, inputs = model_and_inputs(tower_folder, dtype, (9, 14, 7, 11)[:batch], (1, 0, 2, 1)[:batch])
     handle = attach_pruners(model, settings(selection=selection, use_attn_residual=True))
     randomise_pruners(handle)
@@ -54,7 +55,7 @@ def test_graphs_are_the_plain_path(tower_folder, dtype, selection, batch):
             logits, tokens = model(**inputs).logits.float(), answer(model, inputs)
             text = handle.state.record.layout.text
             counts = last_report(model).tokens_per_layer
-            with accelerate(model, room=16, bucket=4) as fast:
+            with accelerate(model, room=16, bucket=4, fuse=fuse) as fast:
                 for turn in range(3):
                     found = model(**inputs).logits.float()
                     difference = (found - logits)[text].abs().max() / logits[text].abs().max()
@@ -65,7 +66,9 @@ def test_graphs_are_the_plain_path(tower_folder, dtype, selection, batch):
                         assert torch.equal(last_report(model).tokens_per_layer, counts)
                 assert len(fast.graphs) > 0 and fast.graphs.cuda
             same = (again == tokens).float().mean().item()
-            print(f"{mode} {dtype} {selection} batch {batch}: difference {difference:.1e}, same tokens {same:.3f}")
+            print(
+                f"{mode} {dtype} {selection} batch {batch} fuse {fuse}: difference {difference:.1e}, same tokens {same:.3f}"
+            )
 
 
 @pytest.mark.parametrize("name", METHODS)
