@@ -66,9 +66,8 @@ def test_graphs_are_the_plain_path(tower_folder, dtype, selection, batch, fuse):
                         assert torch.equal(last_report(model).tokens_per_layer, counts)
                 assert len(fast.graphs) > 0 and fast.graphs.cuda
             same = (again == tokens).float().mean().item()
-            print(
-                f"{mode} {dtype} {selection} batch {batch} fuse {fuse}: difference {difference:.1e}, same tokens {same:.3f}"
-            )
+            label = f"{mode} {dtype} {selection} batch {batch} fuse {fuse}"
+            print(f"{label}: difference {difference:.1e}, same tokens {same:.3f}")
 
 
 @pytest.mark.parametrize("name", METHODS)
