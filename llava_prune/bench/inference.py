@@ -67,6 +67,7 @@ class Result:
             cache.
         average_tokens: vision tokens entering a decoder layer, of all images of a sample.
         flops: of the decoder's layers and what decides, in one prefill of the batch.
+        deciding: share of those FLOPs in what decides.
         cache_bytes: keys and values of the rows that the layers were given, of the batch.
         difference: of the first token's logits to those of the plain hard path, relative to the largest; None where
             this is the plain path.
@@ -80,6 +81,7 @@ class Result:
     token_floor_ms: float | None = None
     average_tokens: float | None = None
     flops: float | None = None
+    deciding: float | None = None
     cache_bytes: float | None = None
     difference: float | None = None
 
@@ -221,6 +223,7 @@ def _count(
             report = last_report(model)
             rows = report.tokens_per_layer + report.text_tokens[:, None]
             result.flops = float(llm_flops(handle, report, attached is not None).sum())
+            result.deciding = 1 - float(llm_flops(handle, report, False).sum()) / result.flops
             shape = DecoderShape.of(handle.decoder.config)
             layers = handle.decoder.layers
     result.average_tokens = float(report.average_tokens.mean())

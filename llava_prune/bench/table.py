@@ -25,7 +25,7 @@ def print_scenario(scenario: Scenario, results: list[Result], console: Any) -> N
     from rich.table import Table
 
     table = Table(title=f"{scenario.name}: {scenario.images} x vision and {scenario.text} text tokens a sample")
-    for name in ("", "average tokens", "TFLOPs", "KV MiB"):
+    for name in ("", "average tokens", "TFLOPs", "deciding", "KV MiB"):
         table.add_column(name, justify="right" if name else "left")
     for what in ("first token", "a further token"):
         for name in (f"{what}, ms", "of stock", "of best stock", "x floor"):
@@ -36,7 +36,8 @@ def print_scenario(scenario: Scenario, results: list[Result], console: Any) -> N
         if result.reason is not None:
             table.add_row(result.method, "not reached")
             continue
-        cells = [f"{result.average_tokens:.1f}", f"{result.flops / 1e12:.3f}", f"{result.cache_bytes / 2**20:.1f}"]
+        cells = [f"{result.average_tokens:.1f}", f"{result.flops / 1e12:.3f}", f"{result.deciding:.2%}"]
+        cells.append(f"{result.cache_bytes / 2**20:.1f}")
         for name in ("first", "token"):
             time, floor = getattr(result, f"{name}_ms"), getattr(result, f"{name}_floor_ms")
             best = best_stock(results, f"{name}_ms")
@@ -54,5 +55,6 @@ NOTES = (
     "first token: from the end of the vision tower; projector, pruners and language model head included",
     "stock: Hugging Face's or LLaVA's code as it is; in graphs: under llava_prune.accelerate",
     "x floor: over the larger of FLOPs / matrix rate and bytes / memory bandwidth, as measured above",
+    "deciding: share of the FLOPs in pruners, or in what a baseline computes in the decoder",
     "difference: of the first token's logits to the same method outside graphs, relative to the largest",
 )
