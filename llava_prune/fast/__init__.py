@@ -10,7 +10,7 @@ milliseconds of each further one (`bench inference`):
 
     plain path                          33.5   22.3    stock: 24.2, 21.3; floors 4.4, 4.5
     graphs                              13.3    8.8    stock in graphs: 22.5, 8.9
-    and steps between products fused    10.3    7.3    on a machine with a slower CPU, stock: 40.2, 24.0; in graphs 16.6, 7.3
+    and steps between products fused    10.3    7.3    on a slower CPU; stock: 40.2, 24.0; in graphs: 16.6, 7.3
 
 Fusing was expected to save 3 ms a further token (30 small kernels a layer, 3 us each) and saved half of it: within a
 graph they take less. Of a token's 7.3 ms the GPU is idle for 0.9, between graphs. Looking for hooks at every prefill
