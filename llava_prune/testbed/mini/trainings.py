@@ -28,8 +28,8 @@ class TrainingSettings:
         bf16: bf16 base under autocast.
     """
 
-    steps: int = 800
-    batch_size: int = 32
+    steps: int = 400
+    batch_size: int = 16
     workers: int = 4
     bf16: bool = True
 
