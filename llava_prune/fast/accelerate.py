@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..decoder_layer import PLAIN
-from ..forward import marked, placed
 from ..layout import TokenLayout
 from ..patch import PruneHandle, handle_of
 from ..state import ForwardRecord
@@ -279,7 +278,7 @@ class FastHandle:
             before = replay()
             lengths.append(before.lengths.clone())
             if stage.decision is not None:
-                self._note(prune.state.record, stage.end, prompt, before)
+                self._note(prune.state.record, stage.end, before)
                 if counts is None:
                     kept = before.kept.tolist()
                 else:
@@ -305,18 +304,12 @@ class FastHandle:
         return stage(prompt, before, rows, vision, counts, views[stage.start :])
 
     @staticmethod
-    def _note(record: ForwardRecord, layer: int, prompt: Prompt, rows: StageRows) -> None:
-        """Write down what was kept, in the order of each sample's vision tokens."""
-        layout, index, width = record.layout, prompt.layout.vision_index, prompt.hidden.shape[1]
-        tokens = layout.vision_valid.shape[1]
-
-        def of_vision(values: Tensor) -> Tensor:
-            return values.gather(1, index)[:, :tokens]
-
-        record.kept[layer] = of_vision(marked(rows.source, rows.keep, width)) & layout.vision_valid
+    def _note(record: ForwardRecord, layer: int, rows: StageRows) -> None:
+        """Write down what was kept; what a graph returned is valid until the next one runs."""
+        tokens = record.layout.vision_valid.shape[1]
+        record.kept[layer] = rows.vision_kept[:, :tokens].clone()
         if rows.probability is not None:
-            values = placed(rows.source, rows.probability, ~rows.probability.isnan(), width)
-            record.probabilities[layer] = of_vision(values).masked_fill(~layout.vision_valid, float("nan"))
+            record.probabilities[layer] = rows.probability[:, :tokens].clone()
 
     # ---- decoding
 

@@ -34,7 +34,9 @@ class StageRows(NamedTuple):
         lengths: (B,) long, valid rows.
         keep: (B, S) bool, rows that the next stage sees; None in the last.
         kept: (B,) long, how many.
-        probability: (B, S) fp32, keep probability of vision rows, NaN elsewhere; None where no trained pruner decided.
+        vision_kept: (B, N) bool, which of the prompt's vision tokens are still there, in their order.
+        probability: (B, N) fp32, their keep probability, NaN where none was left to decide about; None where no
+            trained pruner decided.
         notes: what a baseline read at an earlier layer.
     """
 
@@ -44,6 +46,7 @@ class StageRows(NamedTuple):
     lengths: Tensor
     keep: Tensor | None = None
     kept: Tensor | None = None
+    vision_kept: Tensor | None = None
     probability: Tensor | None = None
     notes: dict[str, Tensor] | None = None
 
@@ -132,5 +135,12 @@ class Stage:
             hidden = replace_rows(hidden, vision_index, alive, scores.vision)
         width = source.shape[1]
         keep = valid & (~is_vision | marked(vision_index, chosen, width))
-        probability = placed(vision_index, scores.value, alive, width) if scores.logits is not None else None
-        return StageRows(hidden, source, valid, lengths, keep, keep.sum(-1), probability, record.notes)
+        # for the report, here and not after the stage: in a graph they cost no launches
+        of_prompt = marked(source, keep, layout.valid.shape[1])
+        vision_kept = of_prompt.gather(1, layout.vision_index) & layout.vision_valid
+        probability = None
+        if scores.logits is not None:
+            of_rows = placed(vision_index, scores.value, alive, width)
+            of_prompt = placed(source, of_rows, ~of_rows.isnan(), layout.valid.shape[1])
+            probability = of_prompt.gather(1, layout.vision_index).masked_fill(~layout.vision_valid, float("nan"))
+        return StageRows(hidden, source, valid, lengths, keep, keep.sum(-1), vision_kept, probability, record.notes)
