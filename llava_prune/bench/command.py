@@ -71,7 +71,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         )
     torch.manual_seed(0)
     model = (build_llava if stack == "llava" else build_hf)(SHAPES[args.shape], device, dtype, "sdpa")[0]
-    console = Console(width=200, highlight=False)
+    console = Console(width=220, highlight=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     console.print(f"[bold]{args.shape}[/bold], random weights, {stack} stack, {dtype}, {name}, {versions}")

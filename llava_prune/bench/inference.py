@@ -25,9 +25,11 @@ from ..method import attach_method
 from ..patch import attach_pruners, prune_mode
 from ..report import last_report, llm_flops
 from ..reporting.measure import Clock
+from ..scoring import LayerView, Scores
 from .floors import WARMUP, Rates
 from .inputs import random_batch
 
+OURS, REMOVAL = "ours, in graphs", "removal alone, in graphs"
 BASELINES = ("fastv", "pyramiddrop", "visionzip", "divprune")
 
 
@@ -111,12 +113,14 @@ class Method:
         name: as printed.
         attach: puts on the model what prunes; a handle to be used in a `with` block.
         fast: whether the decoder runs in graphs.
+        decides: whether FLOPs of what decides are counted.
         arguments: further arguments of `generate`.
     """
 
     name: str
     attach: Callable[[nn.Module], AbstractContextManager]
     fast: bool = False
+    decides: bool = True
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
@@ -129,14 +133,27 @@ def methods(config: PruneConfig, settings: Settings) -> list[Method]:
     def ours(model: nn.Module) -> AbstractContextManager:
         return _hard(attach_pruners(model, config.with_budget(settings.average_tokens)))
 
+    def removal(model: nn.Module) -> AbstractContextManager:
+        handle = attach_pruners(model, config.with_budget(settings.average_tokens))
+        for layer in handle.scorers:
+            handle.layer_forwards[layer].scorer = _first_tokens
+        return _hard(handle)
+
     def baseline(name: str) -> Callable[[nn.Module], AbstractContextManager]:
         return lambda model: attach_baseline(model, name, settings.average_tokens)
 
     found = [Method("stock", stock), Method("stock, in graphs", stock, fast=True)]
     if settings.static:
         found.append(Method("stock, static cache", stock, arguments={"cache_implementation": "static"}))
-    found += [Method("ours", ours), Method("ours, in graphs", ours, fast=True)]
+    found += [Method("ours", ours), Method(OURS, ours, fast=True)]
+    found.append(Method(REMOVAL, removal, fast=True, decides=False))
     return found + [Method(f"{name}, in graphs", baseline(name), fast=True) for name in BASELINES]
+
+
+def _first_tokens(view: LayerView) -> Scores:
+    """The earlier a token, the better: what is left of pruning when nothing is computed to decide."""
+    places = torch.arange(view.alive.shape[1], device=view.alive.device, dtype=torch.float32)
+    return Scores(-places.expand(view.alive.shape))
 
 
 @contextmanager
@@ -222,7 +239,7 @@ def _count(
             _call(model, batch, 1, {})()
             report = last_report(model)
             rows = report.tokens_per_layer + report.text_tokens[:, None]
-            result.flops = float(llm_flops(handle, report, attached is not None).sum())
+            result.flops = float(llm_flops(handle, report, attached is not None and method.decides).sum())
             result.deciding = 1 - float(llm_flops(handle, report, False).sum()) / result.flops
             shape = DecoderShape.of(handle.decoder.config)
             layers = handle.decoder.layers

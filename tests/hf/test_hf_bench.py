@@ -8,7 +8,7 @@ from llava_prune.bench.inference import BASELINES
 from llava_prune.bench.training import PARTS
 from llava_prune.cli import main
 
-METHODS = ["stock", "stock, in graphs", "stock, static cache", "ours", "ours, in graphs"]
+METHODS = ["stock", "stock, in graphs", "stock, static cache", "ours", "ours, in graphs", "removal alone, in graphs"]
 METHODS += [f"{name}, in graphs" for name in BASELINES]
 
 
@@ -32,6 +32,7 @@ def test_every_method_has_its_figures(tmp_path, capsys):
         assert row["average_tokens"] == 576 if name.startswith("stock") else 60 <= row["average_tokens"] <= 64
     ours, stock = rows["ours, in graphs"], rows["stock"]
     assert ours["flops"] < stock["flops"] / 2
+    assert "the pruners take " in printed and ours["deciding"] > 0 == rows["removal alone, in graphs"]["deciding"]
     # 32 layers, 4 heads of 16, fp32, keys and values: the cache of the kept tokens and the text, no more
     assert ours["cache_bytes"] == (32 * 64 + 32 * ours["average_tokens"]) * 64 * 2 * 4
 
