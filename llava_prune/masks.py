@@ -177,7 +177,7 @@ def bounded_where_dropped(mask: Tensor) -> Tensor:
     """The mask itself; the gradient of its zeros is clipped to `STEEPER` times the largest of those that are not zero.
 
     Attention weighs a key m exp(s) / (Z + m exp(s)). The slope at m = 1 is at most 1/4, but exp(s) / Z at m = 0: of a
-    token that a head looks for a thousandfold of what keeping it could change, which is at most 1, and a step would
+    token that a head looks for hundreds of times what keeping it could change, which is at most 1, and a step would
     learn from this one token alone. Soft masks have no zeros, so theirs is untouched.
     """
     return _BoundedWhereDropped.apply(mask)

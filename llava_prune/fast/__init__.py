@@ -12,9 +12,9 @@ milliseconds of each further one (`bench inference`):
     graphs                              13.3    8.8    stock in graphs: 22.5, 8.9
     and steps between products fused    10.3    7.3    on a slower CPU; stock: 40.2, 24.0; in graphs: 16.6, 7.3
 
-Fusing was expected to save 3 ms a further token (30 small kernels a layer, 3 us each) and saved half of it: within a
-graph they take less. Of a token's 7.3 ms the GPU is idle for 0.9, between graphs. Looking for hooks at every prefill
-took 2 ms of Python by `modules()` and takes 0.6 by hand.
+Fusing was expected to save 3 ms a further token (30 small kernels a layer, 3 us each) and saved half of it, as far as
+two machines compare. Of a token's 7.3 ms the GPU is idle for 0.9, between graphs. Looking for hooks at every prefill
+took 2 ms of Python by `modules()` and takes 0.6 by hand, under a profiler on a CPU.
 """
 
 from .accelerate import FastHandle, accelerate

@@ -65,7 +65,7 @@ def accelerate(
         room: new tokens that a key-value cache has room for at first; it doubles when they are used up.
         bucket: rows and vision tokens are rounded up to multiples of this, one graph for each.
         max_graphs: graphs kept at the most.
-        fuse: compile what lies between matrix products, at the first prefill: a fifth faster on an H100, but half
+        fuse: compile what lies between matrix products, at the first prefill: about a fifth faster, but half
             precision rounds otherwise here and there, and a token that is decided by a hair may be another one.
         emulate: run the same code without graphs where there is no CUDA device, for tests.
 

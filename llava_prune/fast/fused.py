@@ -1,6 +1,7 @@
 """What a layer does between its matrix products, in one kernel each.
 
-The stock modules are traced by torch.compile as they are; only the order in which a norm adds up is not theirs.
+The stock modules are traced by torch.compile as they are, with their rounding between steps; a norm's sum and the
+exponential of an activation may still differ in the last bit.
 
 On an H100 at the 7B shape and 64 average tokens, bf16, batch 1, a token took 8.8 ms without this and 7.3 ms with it,
 the first token 13.3 ms and 10.3 ms (of two machines, the second of which was the slower one on the plain path). Of the
