@@ -96,6 +96,9 @@ class PruneConfig:
     adversarial_weight_start: float = _field(1.0, "weight of the alignment term at the start")
     adversarial_weight_end: float = _field(10.0, "weight of the alignment term after the warm-up")
     loss_weight_warmup_ratio: float = _field(0.3, "share of training over which the two weights move, by cosine")
+    guidance_weight: float = _field(
+        0.0, "weight of the cross-entropy of keep logits to where the unpruned pass looks, at this layer and later"
+    )
     sparsity_weight: float = _field(1000.0, "weight of (kept fraction - target)^2, over the batch")
     budget_credit: str = _field(
         "all",
@@ -154,8 +157,14 @@ class PruneConfig:
                 f"init_keep_logit must lie between minus and plus logit_cap, {self.logit_cap:g}, got "
                 f"{self.init_keep_logit:g}"
             )
-        if self.gradient_penalty < 0:
-            raise ValueError(f"gradient_penalty must be at least 0, got {self.gradient_penalty}")
+        for name in ("gradient_penalty", "guidance_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.guidance_weight and self.enable_token_merger:
+            raise ValueError(
+                "guidance_weight: the unpruned pass looks at tokens that the merger makes others of; set one of "
+                "guidance_weight and enable_token_merger"
+            )
         for name in (
             "temperature_anneal_ratio",
             "final_masked_ratio",

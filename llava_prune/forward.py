@@ -156,7 +156,8 @@ class LayerForward:
     def _decide(self, call: dict[str, Any], record: ForwardRecord) -> tuple[Tensor, Tensor]:
         """Score, select and record; returns the cumulative mask and what stays, (B, N)."""
         hidden, layout = call["hidden_states"], record.layout
-        if self.index == self.pruning_layers[0] and self.state.feature_layers and record.prefix is None:
+        restarted = self.state.feature_layers or self.state.guided
+        if self.index == self.pruning_layers[0] and restarted and record.prefix is None:
             record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
         before = [layer for layer in self.pruning_layers if layer < self.index]
         past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()

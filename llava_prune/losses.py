@@ -36,6 +36,22 @@ def binarization_loss(mask: Tensor, valid: Tensor) -> Tensor:
     return _weighted_mean(4 * mask * (1 - mask), valid.expand_as(mask).to(mask.dtype))
 
 
+def guidance_loss(logits: Tensor, target: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of a sample's tokens, by the softmax of their keep logits, to a share of each.
+
+    Adding a constant to all keep logits changes nothing: how many tokens stay is left to the other losses.
+
+    Args:
+        logits: (B, N, 2), drop and keep.
+        target: (B, N), adds up to 1 in each sample that counts.
+        valid: (B, N) bool, False at filler.
+        weights: (B,) 1 for samples with an image, else 0.
+    """
+    margin = (logits[..., 1] - logits[..., 0]).float().masked_fill(~valid, torch.finfo(torch.float32).min)
+    terms = (target * F.log_softmax(margin, -1).masked_fill(~valid, 0)).sum(-1)
+    return -_weighted_mean(terms, weights)
+
+
 def generator_loss(fake_logits: Tensor, weights: Tensor, kind: str, real_logits: Tensor | None = None) -> Tensor:
     """Loss of the pruners for fooling the discriminator.
 

@@ -21,8 +21,9 @@ from . import compat
 from .adversary import Adversary
 from .checkpoint import read_description, read_weights, save_pruners
 from .config import PruneConfig
+from .guidance import AttentionGuide
 from .layout import gather_rows, padded_index
-from .losses import kl_loss, mean_var_loss, mse_loss
+from .losses import guidance_loss, kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
 from .patch import attach_pruners, prune_mode
 from .sampling import SeededSampler
@@ -58,6 +59,7 @@ class PruneTrainerMixin:
             state.feature_layers = (num_layers - 1,)
         elif self.prune.alignment != "none":
             state.feature_layers = self.prune.disc_layer_indices(num_layers)
+        state.guided = self.prune.guidance_weight > 0
         self.lora = bool(getattr(args, "lora_enable", False))
         _set_trainable(model, self.prune_handle.pruners, self.prune, self.lora)
         if self.prune.train_base:
@@ -127,11 +129,17 @@ class PruneTrainerMixin:
         record = state.record
         terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)
         terms["task"] = outputs.loss
-        if state.feature_layers:
-            terms["adversarial"] = self._alignment(record, inputs, outputs)
+        if state.feature_layers or state.guided:
+            guide = AttentionGuide(self.prune_handle.decoder.layers, record) if state.guided else None
+            real, real_index = self._unpruned(record, inputs, guide)
+            if guide is not None:
+                terms["guidance"] = self._guidance(record, guide)
+            if state.feature_layers:
+                terms["adversarial"] = self._alignment(record, real, real_index, outputs)
         weights = {
             "task": values.task_weight,
             "adversarial": values.adversarial_weight,
+            "guidance": self.prune.guidance_weight,
             "sparsity": self.prune.sparsity_weight,
             "token_count": self.prune.token_count_weight,
             "binarization": self.prune.binarization_weight,
@@ -141,15 +149,31 @@ class PruneTrainerMixin:
         self._note({"prune/temperature": torch.tensor(values.temperature)})
         return (loss, outputs) if return_outputs else loss
 
-    def _alignment(self, record: ForwardRecord, inputs: dict[str, Any], outputs: Any) -> Tensor:
+    def _unpruned(
+        self, record: ForwardRecord, inputs: dict[str, Any], guide: AttentionGuide | None
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Features of the unpruned pass by layer, (B, T, hidden_size), and the places (B, S) of the text in them."""
+        if self.prune_handle.pruners.merger is not None:
+            return self._features_without_merger(inputs)
+        index, _ = padded_index(record.layout.text_after_image)
+        return self.prune_handle.unpruned_features(record, guide and guide.watch), index
+
+    def _guidance(self, record: ForwardRecord, guide: AttentionGuide) -> Tensor:
+        """The term that has every pruner rank the tokens as the unpruned pass reads them, mean over pruners."""
+        valid = record.layout.vision_valid
+        weights = (record.layout.vision_counts > 0).float()
+        terms = [
+            guidance_loss(record.logits[layer], guide.target(layer), valid, weights)
+            for layer in self.prune.pruning_layers
+        ]
+        return torch.stack(terms).mean()
+
+    def _alignment(
+        self, record: ForwardRecord, real_features: dict[int, Tensor], real_index: Tensor, outputs: Any
+    ) -> Tensor:
         """The term that holds pruned text hidden states (or logits) to the unpruned ones."""
         config, state = self.prune, self.prune_handle.state
         index, mask = padded_index(record.layout.text_after_image)
-        real_index = index
-        if self.prune_handle.pruners.merger is None:
-            real_features = self.prune_handle.unpruned_features(record)
-        else:
-            real_features, real_index = self._features_without_merger(inputs)
         fake = [gather_rows(record.features[layer], index) for layer in state.feature_layers]
         real = [gather_rows(real_features[layer], real_index) for layer in state.feature_layers]
         if config.alignment == "mse":

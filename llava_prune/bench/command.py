@@ -103,8 +103,15 @@ def _inference(model: Any, args: argparse.Namespace, console: Any, stack: str) -
 
 
 def _training(model: Any, args: argparse.Namespace, console: Any, stack: str) -> dict[str, Any]:
+    from ..compat import find_decoder, vision_tokens_per_image
+    from .attention import attention_times, print_attention
     from .training import TrainingSettings, compare_steps, print_steps
 
+    config = find_decoder(model).config
+    heads, weight = config.num_attention_heads, model.get_input_embeddings().weight
+    sizes = (heads, config.hidden_size // heads, vision_tokens_per_image(model) + args.text_tokens)
+    attention = attention_times(*sizes, weight.device, weight.dtype)
+    print_attention(attention, *sizes, console)
     settings = TrainingSettings(
         batch=args.batch_size,
         text=args.text_tokens,
@@ -114,7 +121,7 @@ def _training(model: Any, args: argparse.Namespace, console: Any, stack: str) ->
     results = compare_steps(model, settings)
     print_steps(results, console)
     found = {name: dataclasses.asdict(times) for name, times in results.items()}
-    return {"settings": dataclasses.asdict(settings), "steps": found}
+    return {"settings": dataclasses.asdict(settings), "attention_ms": attention, "steps": found}
 
 
 def main(argv: list[str]) -> None:
