@@ -97,8 +97,9 @@ class PruneConfig:
     adversarial_weight_end: float = _field(10.0, "weight of the alignment term after the warm-up")
     loss_weight_warmup_ratio: float = _field(0.3, "share of training over which the two weights move, by cosine")
     guidance_weight: float = _field(
-        0.0, "weight of the cross-entropy of keep logits to where the unpruned pass looks, at this layer and later"
+        0.0, "weight of the cross-entropy of keep logits to what the unpruned answer depends on, at the start"
     )
+    guidance_ratio: float = _field(0.5, "share of training over which guidance falls to nothing, by cosine")
     sparsity_weight: float = _field(1000.0, "weight of (kept fraction - target)^2, over the batch")
     budget_credit: str = _field(
         "all",
@@ -162,7 +163,7 @@ class PruneConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.guidance_weight and self.enable_token_merger:
             raise ValueError(
-                "guidance_weight: the unpruned pass looks at tokens that the merger makes others of; set one of "
+                "guidance_weight: the unpruned answer depends on tokens that the merger makes others of; set one of "
                 "guidance_weight and enable_token_merger"
             )
         for name in (
@@ -170,6 +171,7 @@ class PruneConfig:
             "final_masked_ratio",
             "target_warmup_ratio",
             "loss_weight_warmup_ratio",
+            "guidance_ratio",
             "disc_max_accuracy",
             "threshold",
         ):

@@ -68,6 +68,7 @@ class TokenLayout:
         original_counts: (B,) long, vision tokens of each sample before a method reduced them ahead of the decoder, or
             None.
         kept: (B, M) bool, which of those M it kept, or None.
+        labels: (B, T) long of a training batch, IGNORE_INDEX where nothing is supervised, or None.
     """
 
     valid: Tensor
@@ -82,6 +83,7 @@ class TokenLayout:
     has_vision: bool
     original_counts: Tensor | None = None
     kept: Tensor | None = None
+    labels: Tensor | None = None
 
     @classmethod
     def build(cls, valid: Tensor, vision: Tensor, num_images: Tensor, labels: Tensor | None = None) -> TokenLayout:
@@ -94,7 +96,7 @@ class TokenLayout:
         widest, any_predicting = torch.stack([vision.sum(-1).max(), predicting.any().long()]).tolist()
         indices = (*padded_index(vision, widest), *padded_index(question))
         predicting = predicting if any_predicting else None
-        return cls(valid, vision, question, predicting, num_images, *indices, has_vision=widest > 0)
+        return cls(valid, vision, question, predicting, num_images, *indices, has_vision=widest > 0, labels=labels)
 
     @property
     def text(self) -> Tensor:

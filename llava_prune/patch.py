@@ -267,16 +267,10 @@ class PruneHandle:
                 )
 
     @torch.no_grad()
-    def unpruned_features(
-        self, record: ForwardRecord, watch: Callable[[int, dict[str, Any]], None] | None = None
-    ) -> dict[int, Tensor]:
+    def unpruned_features(self, record: ForwardRecord) -> dict[int, Tensor]:
         """Outputs of `state.feature_layers` without pruning, from the hidden states that entered the first pruner.
 
-        Runs the original layers, up to the last one asked for if nobody watches, and computes no logits.
-
-        Args:
-            record: of the pruned pass.
-            watch: is shown the number and the arguments of every layer before it runs.
+        Runs the original layers up to the last one asked for and computes no logits.
 
         Returns:
             layer -> (B, T, hidden_size).
@@ -284,10 +278,7 @@ class PruneHandle:
         # the pruned pass filled the cache already
         call = {**record.prefix, **{name: None for name in record.prefix if name.startswith("past_key_value")}}
         features = {}
-        end = self.num_layers if watch is not None else max(self.state.feature_layers) + 1
-        for index in range(self.config.pruning_layers[0], end):
-            if watch is not None:
-                watch(index, call)
+        for index in range(self.config.pruning_layers[0], max(self.state.feature_layers) + 1):
             hidden = compat.hidden_states_of(self.layer_forwards[index].original(**call))
             call["hidden_states"] = hidden
             if index in self.state.feature_layers:

@@ -22,6 +22,7 @@ class ScheduleValues:
     temperature: float
     task_weight: float
     adversarial_weight: float
+    guidance_weight: float
     target_ease: float
     masked: bool
 
@@ -35,6 +36,7 @@ def schedule(config: PruneConfig, step: int, max_steps: int) -> ScheduleValues:
         temperature=config.temperature_start * (config.temperature_end / config.temperature_start) ** done,
         task_weight=cosine(config.task_weight_start, config.task_weight_end, progress, ratio),
         adversarial_weight=cosine(config.adversarial_weight_start, config.adversarial_weight_end, progress, ratio),
+        guidance_weight=cosine(config.guidance_weight, 0.0, progress, config.guidance_ratio),
         target_ease=cosine(0.0, 1.0, progress, config.target_warmup_ratio),
         masked=step >= round(max_steps * (1 - config.final_masked_ratio)),
     )

@@ -106,7 +106,7 @@ class PruneState:
     target_ease: float = 1.0  # of exact budgets in training: 0 keeps all, 1 holds to the target
     keep_fractions: tuple[float, ...] | None = None  # of each pruning layer, late in training
     feature_layers: tuple[int, ...] = ()
-    guided: bool = False  # an unpruned pass follows even if no features are asked for
+    guided: bool = False  # the unpruned pass that follows asks what the answer depends on
     announced: TokenLayout | None = None
     merger_questions: Tensor | None = None
     record: ForwardRecord | None = None

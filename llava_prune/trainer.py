@@ -21,7 +21,7 @@ from . import compat
 from .adversary import Adversary
 from .checkpoint import read_description, read_weights, save_pruners
 from .config import PruneConfig
-from .guidance import AttentionGuide
+from .guidance import guided_pass
 from .layout import gather_rows, padded_index
 from .losses import guidance_loss, kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
@@ -59,7 +59,6 @@ class PruneTrainerMixin:
             state.feature_layers = (num_layers - 1,)
         elif self.prune.alignment != "none":
             state.feature_layers = self.prune.disc_layer_indices(num_layers)
-        state.guided = self.prune.guidance_weight > 0
         self.lora = bool(getattr(args, "lora_enable", False))
         _set_trainable(model, self.prune_handle.pruners, self.prune, self.lora)
         if self.prune.train_base:
@@ -109,6 +108,7 @@ class PruneTrainerMixin:
         values = self._schedule()
         state = self.prune_handle.state
         state.temperature, state.target_ease = values.temperature, values.target_ease
+        state.guided = values.guidance_weight > 0
         state.loss_only = self.prune.alignment != "kl"
         # the mode must hold through the backward pass, where checkpointed layers run again
         with prune_mode(self.model, "masked" if values.masked else "soft"):
@@ -130,16 +130,15 @@ class PruneTrainerMixin:
         terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)
         terms["task"] = outputs.loss
         if state.feature_layers or state.guided:
-            guide = AttentionGuide(self.prune_handle.decoder.layers, record) if state.guided else None
-            real, real_index = self._unpruned(record, inputs, guide)
-            if guide is not None:
-                terms["guidance"] = self._guidance(record, guide)
+            real, real_index, shares = self._unpruned(record, inputs)
+            if state.guided:
+                terms["guidance"] = self._guidance(record, shares)
             if state.feature_layers:
                 terms["adversarial"] = self._alignment(record, real, real_index, outputs)
         weights = {
             "task": values.task_weight,
             "adversarial": values.adversarial_weight,
-            "guidance": self.prune.guidance_weight,
+            "guidance": values.guidance_weight,
             "sparsity": self.prune.sparsity_weight,
             "token_count": self.prune.token_count_weight,
             "binarization": self.prune.binarization_weight,
@@ -150,21 +149,25 @@ class PruneTrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _unpruned(
-        self, record: ForwardRecord, inputs: dict[str, Any], guide: AttentionGuide | None
-    ) -> tuple[dict[int, Tensor], Tensor]:
-        """Features of the unpruned pass by layer, (B, T, hidden_size), and the places (B, S) of the text in them."""
-        if self.prune_handle.pruners.merger is not None:
-            return self._features_without_merger(inputs)
+        self, record: ForwardRecord, inputs: dict[str, Any]
+    ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
+        """The unpruned pass: (B, T, hidden_size) by feature layer, the text's places (B, S) in them, the guidance."""
+        handle, state = self.prune_handle, self.prune_handle.state
+        if handle.pruners.merger is not None:
+            return *self._features_without_merger(inputs), {}
         index, _ = padded_index(record.layout.text_after_image)
-        return self.prune_handle.unpruned_features(record, guide and guide.watch), index
+        if not state.guided:
+            return handle.unpruned_features(record), index, {}
+        head, layers = self.model.get_output_embeddings(), self.prune.pruning_layers
+        features, shares = guided_pass(handle.decoder, head, record, layers, state.feature_layers)
+        return features, index, shares
 
-    def _guidance(self, record: ForwardRecord, guide: AttentionGuide) -> Tensor:
-        """The term that has every pruner rank the tokens as the unpruned pass reads them, mean over pruners."""
-        valid = record.layout.vision_valid
-        weights = (record.layout.vision_counts > 0).float()
+    def _guidance(self, record: ForwardRecord, shares: dict[int, Tensor]) -> Tensor:
+        """The term that has every pruner rank the tokens as the unpruned answer depends on them, mean over pruners."""
+        layout = record.layout
+        weights = (layout.vision_counts > 0).float()
         terms = [
-            guidance_loss(record.logits[layer], guide.target(layer), valid, weights)
-            for layer in self.prune.pruning_layers
+            guidance_loss(record.logits[layer], share, layout.vision_valid, weights) for layer, share in shares.items()
         ]
         return torch.stack(terms).mean()
 

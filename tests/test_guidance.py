@@ -1,40 +1,74 @@
-"""Guidance: the target is the attention that eager attention shows, and its loss ranks tokens and counts none."""
+"""Guidance: the target is what eager attention's masks say the answer depends on, its loss ranks tokens, counts none."""
 
 import pytest
 import torch
 from tiny import batch_of, randomise_pruners, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, prune_mode
-from llava_prune.guidance import AttentionGuide
+from llava_prune.guidance import guided_pass
 from llava_prune.losses import guidance_loss
 
 LAYERS = (1, 3)
 
 
-def test_the_target_is_where_text_after_the_image_looks(tower_folder):
-    llava = tiny_llava(tower_folder, attention="eager")
-    inputs = batch_of([9, 12, 6], [1, 2, 0], answers=[2, 3, 2])
-    with torch.no_grad():
-        attentions = llava(**inputs, output_attentions=True).attentions
+def with_slopes(llava, inputs, handle):
+    """Absolute slopes (layers, B, T) of the answers' log-odds by what is added to each key's scores, and features."""
+    biases, seen = [], {}
+
+    def add(_layer, args, kwargs):
+        mask = kwargs["attention_mask"]
+        biases.append(torch.zeros(len(mask), mask.shape[-1], dtype=mask.dtype, requires_grad=True))
+        return args, {**kwargs, "attention_mask": mask + biases[-1][:, None, None]}
+
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in handle.decoder.layers]
+    hooks += [
+        layer.register_forward_hook(lambda _m, _i, output, place=place: seen.update({place: output[0].detach()}))
+        for place, layer in enumerate(handle.decoder.layers)
+    ]
+    logits = llava(**inputs).logits
+    for hook in hooks:
+        hook.remove()
+    labels = handle.state.announced.labels if handle.state.announced else handle.state.record.layout.labels
+    odds = 0
+    for row in range(len(labels)):
+        places = (labels[row] != -100).nonzero()[:, 0].tolist()
+        for place in places[:-1] or places:
+            p = logits[row, place - 1].softmax(-1)[labels[row, place]]
+            odds = odds + (p / (1 - p)).log()
+    return torch.stack(torch.autograd.grad(odds, biases)).abs(), seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_target_is_what_the_answer_depends_on(tower_folder, side, checkpointing):
+    inputs = batch_of([9, 12, 6, 8], [1, 2, 0, 1], side, answers=[2, 3, 2, 1])
+    eager = tiny_llava(tower_folder, attention="eager", padding_side=side)
+    handle = attach_pruners(eager, PruneConfig(pruning_layers=LAYERS, target_token_num=10, pruner_dim=16))
+    slopes, stock = with_slopes(eager.train(), inputs, handle)
+
+    llava = tiny_llava(tower_folder, padding_side=side).train().requires_grad_(False)
+    if checkpointing:
+        llava.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     handle = attach_pruners(llava, PruneConfig(pruning_layers=LAYERS, target_token_num=10, pruner_dim=16))
     randomise_pruners(handle)
     handle.state.guided = True
-    with prune_mode(llava, "soft"), torch.no_grad():
-        llava(**inputs)
-    record = handle.state.record
-    guide = AttentionGuide(handle.decoder.layers, record)
-    assert handle.unpruned_features(record, guide.watch) == {}
+    with prune_mode(llava, "soft"):
+        llava(**inputs, use_cache=False)
+        record = handle.state.record
+        features, shares = guided_pass(handle.decoder, llava.lm_head, record, LAYERS, (2, 4))
     layout = record.layout
-    for layer in LAYERS:
-        target = guide.target(layer)
-        for row in range(3):
-            text = layout.text_after_image[row]
-            vision = layout.vision[row]
-            paid = sum(a[row].mean(0)[text][:, vision].mean(0) for a in attentions[layer:])
-            expected = paid / paid.sum() if vision.any() else paid
-            found = target[row, : int(vision.sum())]
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
-            assert not target[row, int(vision.sum()) :].any()
+    for layer in (2, 4):
+        assert not features[layer].requires_grad
+        torch.testing.assert_close(features[layer][layout.valid], stock[layer][layout.valid], atol=1e-4, rtol=1e-4)
+    assert set(shares) == set(LAYERS)
+    for layer, share in shares.items():
+        paid = slopes[layer:].sum(0)
+        for row in range(4):
+            expected = paid[row][layout.vision[row]]
+            count = len(expected)
+            if count:
+                torch.testing.assert_close(share[row, :count], expected / expected.sum(), atol=1e-5, rtol=1e-3)
+            assert not share[row, count:].any()
 
 
 def test_the_loss_ranks_tokens_and_leaves_their_number_alone():

@@ -21,6 +21,7 @@ QUIET = {
     "prune_token_count_weight": 50.0,
     "prune_target_warmup_ratio": 0.0,
     "prune_init_keep_logit": 0.5,
+    "prune_guidance_weight": 2.0,
     "prune_pruner_lr": 1e-3,
     "max_grad_norm": 0.0,
 }
@@ -57,6 +58,8 @@ def test_two_processes_equal_one(yes_no, one_process, tmp_path, stage, checkpoin
     for ours, theirs in zip(logs, expected, strict=True):
         for name in ("loss", "loss/task", "loss/adversarial", "loss/token_count", "gan/d_loss", "prune/keep_ratio"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (name, ours["step"])
+        assert ours.get("loss/guidance") == pytest.approx(theirs.get("loss/guidance"), rel=2e-3), ours["step"]
+    assert "loss/guidance" in logs[0] and "loss/guidance" not in logs[-1], "guidance ends with half of training"
     ours, theirs = (load_file(Path(out) / "pruners.safetensors") for out in (tmp_path, reference))
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
@@ -70,7 +73,8 @@ def test_text_only_batches_on_one_rank_do_not_hang(yes_no, testbed, tmp_path, st
     with_picture = json.loads((yes_no / "train.json").read_text())
     text = [sample(f"t{i}", None, "Is there a circle?", "no") for i in range(4)]
     data = write_data(tmp_path / "data", testbed, with_picture[:4] + text)
-    logs = train(data, tmp_path / "out", stage=stage, steps=6, per_device_train_batch_size=1)
+    flags = {"per_device_train_batch_size": 1, "prune_guidance_weight": 1.0}
+    logs = train(data, tmp_path / "out", stage=stage, steps=6, **flags)
     assert len(logs) == 6 and all(entry["loss"] == entry["loss"] for entry in logs)
 
 

@@ -189,8 +189,7 @@ def _watch(trainer: Any, watch: Stopwatch, ends: list[Any]) -> None:
     model = trainer.model
     model.forward = watch.around("fake forward", model.forward)
     if hasattr(trainer, "prune_handle"):
-        handle = trainer.prune_handle
-        handle.unpruned_features = watch.around("real forward", handle.unpruned_features)
+        trainer._unpruned = watch.around("real forward", trainer._unpruned)
         trainer._train_adversary = watch.around("discriminator", trainer._train_adversary)
 
 
