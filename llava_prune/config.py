@@ -49,6 +49,9 @@ class PruneConfig:
         "threshold",
         "tokens to keep in masked and hard mode: by threshold, or topk, exactly the target for each sample",
     )
+    layer_shares: tuple[float, ...] | None = _field(
+        None, "tokens of the pruning layers relative to each other, with selection topk, e.g. [4, 2, 1]; default equal"
+    )
     threshold: float = _field(0.5, "keep probability above which a token is kept in masked and hard mode")
     min_keep: int = _field(1, "vision tokens that every pruning layer keeps at least, per sample")
     max_keep: int | None = _field(None, "vision tokens that a pruning layer keeps at most, per sample")
@@ -196,6 +199,16 @@ class PruneConfig:
             raise ValueError(f"pruner_dim {self.pruner_dim} must be divisible by pruner_heads {self.pruner_heads}")
         if self.estimator == "topk_st" and self.selection != "topk":
             raise ValueError("estimator 'topk_st' keeps exact counts: set selection to 'topk'")
+        if self.layer_shares is not None:
+            shares = tuple(float(share) for share in self.layer_shares)
+            object.__setattr__(self, "layer_shares", shares)
+            if len(shares) != len(layers) or min(shares) <= 0 or list(shares) != sorted(shares, reverse=True):
+                raise ValueError(
+                    f"layer_shares {list(shares)}: name a positive share for each of the {len(layers)} pruning layers, "
+                    "none larger than the one before, since a dropped token does not come back"
+                )
+            if self.selection != "topk":
+                raise ValueError("layer_shares divide the exact counts of selection 'topk': a threshold finds its own")
         if self.max_keep is not None and self.selection == "topk":
             raise ValueError("max_keep bounds selection 'threshold'; with 'topk' the target alone sets the counts")
         if self.max_keep is not None and self.max_keep < self.min_keep:
@@ -251,7 +264,7 @@ class PruneConfig:
                 "vision tokens. Raise the target or prune at an earlier layer"
             )
         if self.selection == "topk":  # every pruning layer keeps min_keep on top
-            layer_counts(vision_tokens, target, self.pruning_layers, num_layers, None, self.min_keep)
+            layer_counts(vision_tokens, target, self.pruning_layers, num_layers, self.layer_shares, self.min_keep)
 
     # ---- reading and writing
 

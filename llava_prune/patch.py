@@ -90,7 +90,8 @@ class PruneHandle:
         average = config.target_token_num
         average = (1 - config.target_sparsity) * tokens if average is None else average * images
         average = tokens + (average - tokens) * self.state.target_ease
-        settings = (config.pruning_layers, self.num_layers, self.state.keep_fractions, config.min_keep)
+        shares = config.layer_shares or self.state.keep_fractions
+        settings = (config.pruning_layers, self.num_layers, shares, config.min_keep)
         return layer_counts(tokens, average, *settings)
 
     def _build_modules(self) -> Pruners:

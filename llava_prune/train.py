@@ -22,6 +22,7 @@ _FLAG_TYPES: dict[str, Any] = {
     "bool": bool | None,
     "str": str | None,
     "tuple[int, ...]": list[int] | None,
+    "tuple[float, ...] | None": list[float] | None,
 }
 _PREFIX = "prune_"
 

@@ -32,6 +32,9 @@ from llava_prune.train import flag_fields, training_arguments_class
         ({"target_token_num": 200, "max_keep": 0}, "min_keep"),
         ({"target_token_num": 200, "final_masked_ratio": 2}, r"\[0, 1\]"),
         ({"target_token_num": 200, "pruner_lr": 0}, "positive"),
+        ({"target_token_num": 200, "layer_shares": (4, 2, 1)}, "selection 'topk'"),
+        ({"target_token_num": 200, "selection": "topk", "layer_shares": (1, 2, 4)}, "none larger"),
+        ({"target_token_num": 200, "selection": "topk", "layer_shares": (2, 1)}, "each of the 3 pruning layers"),
     ],
 )
 def test_bad_values(values, message):
@@ -97,10 +100,12 @@ def test_every_field_is_a_flag_and_an_override(tmp_path):
     assert [name for name, *_ in flag_fields()][1:] == [f"prune_{name}" for name in PruneConfig.field_names()]
     parser = HfArgumentParser(training_arguments_class(TrainingArguments))
     flags = (
-        "--prune_config avg128 --prune_pruning_layers 2 5 --prune_target_sparsity 0.5 --prune_use_attn_residual True"
+        "--prune_config avg128 --prune_pruning_layers 2 5 --prune_target_sparsity 0.5 --prune_use_attn_residual True "
+        "--prune_selection topk --prune_layer_shares 3 1.5"
     )
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *flags.split()])
     assert args.prune.pruning_layers == (2, 5) and args.prune.use_attn_residual is True
+    assert args.prune.layer_shares == (3.0, 1.5)
     assert args.prune.target_sparsity == 0.5 and args.prune.target_token_num is None
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert pickle.loads(pickle.dumps(args)).prune == args.prune
@@ -116,6 +121,9 @@ def test_schedules():
     assert start.temperature == pytest.approx(0.99) and middle.temperature == end.temperature == pytest.approx(0.4)
     assert (start.adversarial_weight, middle.adversarial_weight) == (1.0, 10.0)
     assert start.task_weight == end.task_weight == 10.0
+    assert start.guidance_weight == 0
+    guided = PruneConfig(target_token_num=200, guidance_weight=4.0, guidance_ratio=0.5)
+    assert [schedule(guided, step, 100).guidance_weight for step in (0, 25, 50, 99)] == pytest.approx([4, 2, 0, 0])
     assert start.target_ease == 0 and middle.target_ease == pytest.approx(1)
     assert [schedule(config, step, 100).masked for step in (74, 75)] == [False, True]
     assert cosine(1, 3, 0.25, 0.5) == pytest.approx(2)

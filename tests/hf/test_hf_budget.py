@@ -43,6 +43,19 @@ def test_every_sample_has_exactly_the_budget(saved, average):
     torch.testing.assert_close(logits["masked"][text], logits["hard"][text], atol=1e-4, rtol=0)
 
 
+def test_layer_shares_are_kept_at_every_budget(tmp_path):
+    model = tiny("llava")
+    settings = {"pruning_layers": LAYERS, "target_token_num": 9, "pruner_dim": 16, "pruner_heads": 4}
+    with attach_pruners(model, PruneConfig(**settings, selection="topk", layer_shares=(4, 2, 1))) as handle:
+        handle.state.keep_fractions = (1.0, 1.0, 1.0)  # as logged while the target was easing in
+        save_pruners(model, tmp_path)
+    for average in (6, 9):
+        with load_pruners(model, tmp_path, average_tokens=average), torch.no_grad():
+            model(**batch_of(model, [9], [1]))
+            counts = tuple(len(kept[0]) for kept in last_report(model).kept.values())
+        assert counts == layer_counts(16, average, LAYERS, 6, (4, 2, 1))
+
+
 @pytest.mark.parametrize(("average", "floor"), [(2, "2.66667"), (3, "3.5")])
 def test_a_budget_under_the_floor_is_refused_and_leaves_the_model_alone(saved, average, floor):
     model, folder = saved
