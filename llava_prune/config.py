@@ -204,7 +204,7 @@ class PruneConfig:
             object.__setattr__(self, "layer_shares", shares)
             if len(shares) != len(layers) or min(shares) <= 0 or list(shares) != sorted(shares, reverse=True):
                 raise ValueError(
-                    f"layer_shares {list(shares)}: name a positive share for each of the {len(layers)} pruning layers, "
+                    f"layer_shares {list(shares)}: name a positive one for each of the {len(layers)} pruning layers, "
                     "none larger than the one before, since a dropped token does not come back"
                 )
             if self.selection != "topk":

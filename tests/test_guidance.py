@@ -1,4 +1,4 @@
-"""Guidance: the target is what eager attention's masks say the answer depends on, its loss ranks tokens, counts none."""
+"""Guidance: the target is what eager attention's masks say the answer depends on; the loss ranks tokens alone."""
 
 import pytest
 import torch
