@@ -50,7 +50,8 @@ class PruneConfig:
         "tokens to keep in masked and hard mode: by threshold, or topk, exactly the target for each sample",
     )
     layer_shares: tuple[float, ...] | None = _field(
-        None, "tokens of the pruning layers relative to each other, with selection topk, e.g. [4, 2, 1]; default equal"
+        None,
+        "tokens of pruning layers relative to each other at exact budgets; default as learned by threshold, or equal",
     )
     threshold: float = _field(0.5, "keep probability above which a token is kept in masked and hard mode")
     min_keep: int = _field(1, "vision tokens that every pruning layer keeps at least, per sample")
@@ -207,8 +208,6 @@ class PruneConfig:
                     f"layer_shares {list(shares)}: name a positive one for each of the {len(layers)} pruning layers, "
                     "none larger than the one before, since a dropped token does not come back"
                 )
-            if self.selection != "topk":
-                raise ValueError("layer_shares divide the exact counts of selection 'topk': a threshold finds its own")
         if self.max_keep is not None and self.selection == "topk":
             raise ValueError("max_keep bounds selection 'threshold'; with 'topk' the target alone sets the counts")
         if self.max_keep is not None and self.max_keep < self.min_keep:

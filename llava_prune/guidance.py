@@ -1,14 +1,25 @@
 """Guidance: what the unpruned model's answer depends on, as a target of the keep logits.
 
-The task's gradient is a noisy word about the few tokens that one draw kept, and says nothing while nothing is dropped:
-an answer that is sure has no slope left. In the unpruned pass, which is run for the discriminator anyway, the log-odds
-of the answer have one, to all tokens at once. To first order |slope| of a bias on a token's attention is what removing
-the token does to the answer (saliency: Simonyan et al. 2013, arXiv:1312.6034; of attention weights: Michel et al.
-2019, arXiv:1905.10650, eq. 2).
+The task's gradient is a noisy word about the few tokens that one draw kept, and says nothing while nothing is
+dropped: an answer that is sure has no slope left. In the unpruned pass, which is run for the discriminator anyway, the
+log-odds of the answer have one, to all tokens at once. To first order the slope of a bias on a token's attention is
+what keeping the token does for the answer (saliency: Simonyan et al. 2013, arXiv:1312.6034; of attention: Michel et al.
+2019, arXiv:1905.10650, eq. 2). A token counts with the square of its slopes above 0, added up over layers: the sum
+alone spreads half of all weight over tokens that nobody could keep.
 
-On 60 held-back questions of testbed.mini, asked of the base with the best 46 of 576 tokens from layer 1 on, this order
-kept 90 % of the answers right, mean attention of answer or question 68 %, its maximum over heads, layers and rows 77 %
-and 72 %, chance 33 %; with the best 14 tokens 82, 55 (43), 63 (63) and 20 %.
+Tried on testbed.mini, the base asked held-back questions with the best K of 576 tokens from layer 1 on, 60 questions a
+line (a second 60 below the bar); right of the answers, 98.3 % with all tokens:
+
+| tokens ordered by | K = 46 | K = 14 (13) |
+|---|---|---|
+| chance | 33 % | 20 % |
+| attention of question and answer, mean over heads, rows and layers | 68 % | 43 % |
+| attention of the answer, its maximum over them | 77 % | 63 % |
+| slopes, absolute values added up over layers | 90 % | 82 % |
+|---|---|---|
+| slopes, absolute values added up | 87 % | 77 % |
+| slopes, their sum's absolute value | 92 % | |
+| slopes above 0, added up | 97 % | 90 % |
 """
 
 from __future__ import annotations
@@ -45,8 +56,8 @@ def guided_pass(
 
     Returns:
         layer -> (B, T, hidden_size) outputs of the feature layers;
-        pruning layer -> (B, N) fp32 share of each vision token in the absolute slopes of this layer and all later
-        ones, 0 for samples without a vision token or an answer.
+        pruning layer -> (B, N) fp32 share of each vision token by its slopes in this layer and all later ones, 0 for
+        samples without a vision token or an answer.
     """
     call, layout = record.prefix, record.layout
     hidden = call["hidden_states"]
@@ -63,10 +74,10 @@ def guided_pass(
                 features[index] = hidden.detach()
         odds = _log_odds(decoder, head, hidden, layout.labels)
         slopes = torch.stack(torch.autograd.grad(odds, biases))  # (layers, B, T)
-    paid = slopes.abs().flip(0).cumsum(0).flip(0)
+    paid = slopes.relu().flip(0).cumsum(0).flip(0)
     shares = {}
     for layer in pruning_layers:
-        share = paid[layer - pruning_layers[0]].gather(1, layout.vision_index) * layout.vision_valid
+        share = paid[layer - pruning_layers[0]].gather(1, layout.vision_index).square() * layout.vision_valid
         shares[layer] = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
     return features, shares
 

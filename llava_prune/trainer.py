@@ -237,7 +237,8 @@ class PruneTrainerMixin:
             metrics = {name: round(value, 6) for name, value in metrics.items()}
             self._metrics.clear()
         super().log({**logs, **metrics}, *args, **kwargs)
-        if "prune/keep_ratio" in metrics:
+        # exact counts are set, not learned
+        if "prune/keep_ratio" in metrics and self.prune.selection == "threshold":
             ratios = [metrics[f"prune/keep_ratio_l{layer}"] for layer in self.prune.pruning_layers]
             self.prune_handle.state.keep_fractions = tuple(ratios)
         if metrics:

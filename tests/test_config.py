@@ -32,7 +32,6 @@ from llava_prune.train import flag_fields, training_arguments_class
         ({"target_token_num": 200, "max_keep": 0}, "min_keep"),
         ({"target_token_num": 200, "final_masked_ratio": 2}, r"\[0, 1\]"),
         ({"target_token_num": 200, "pruner_lr": 0}, "positive"),
-        ({"target_token_num": 200, "layer_shares": (4, 2, 1)}, "selection 'topk'"),
         ({"target_token_num": 200, "selection": "topk", "layer_shares": (1, 2, 4)}, "none larger"),
         ({"target_token_num": 200, "selection": "topk", "layer_shares": (2, 1)}, "each of the 3 pruning layers"),
     ],

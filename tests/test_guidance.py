@@ -12,7 +12,7 @@ LAYERS = (1, 3)
 
 
 def with_slopes(llava, inputs, handle):
-    """Absolute slopes (layers, B, T) of the answers' log-odds by what is added to each key's scores, and features."""
+    """Slopes above 0 (layers, B, T) of the answers' log-odds by what is added to each key's scores, and features."""
     biases, seen = [], {}
 
     def add(_layer, args, kwargs):
@@ -35,7 +35,7 @@ def with_slopes(llava, inputs, handle):
         for place in places[:-1] or places:
             p = logits[row, place - 1].softmax(-1)[labels[row, place]]
             odds = odds + (p / (1 - p)).log()
-    return torch.stack(torch.autograd.grad(odds, biases)).abs(), seen
+    return torch.stack(torch.autograd.grad(odds, biases)).relu(), seen
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
@@ -62,7 +62,7 @@ def test_the_target_is_what_the_answer_depends_on(tower_folder, side, checkpoint
         torch.testing.assert_close(features[layer][layout.valid], stock[layer][layout.valid], atol=1e-4, rtol=1e-4)
     assert set(shares) == set(LAYERS)
     for layer, share in shares.items():
-        paid = slopes[layer:].sum(0)
+        paid = slopes[layer:].sum(0).square()
         for row in range(4):
             expected = paid[row][layout.vision[row]]
             count = len(expected)

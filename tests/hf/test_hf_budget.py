@@ -43,12 +43,13 @@ def test_every_sample_has_exactly_the_budget(saved, average):
     torch.testing.assert_close(logits["masked"][text], logits["hard"][text], atol=1e-4, rtol=0)
 
 
-def test_layer_shares_are_kept_at_every_budget(tmp_path):
+def test_layer_shares_are_kept_at_every_budget_unless_a_threshold_learned_others(tmp_path):
     model = tiny("llava")
     settings = {"pruning_layers": LAYERS, "target_token_num": 9, "pruner_dim": 16, "pruner_heads": 4}
     with attach_pruners(model, PruneConfig(**settings, selection="topk", layer_shares=(4, 2, 1))) as handle:
-        handle.state.keep_fractions = (1.0, 1.0, 1.0)  # as logged while the target was easing in
         save_pruners(model, tmp_path)
+        handle.state.keep_fractions = (0.5, 0.5, 0.5)
+        assert handle.layer_budget(16, 1) == layer_counts(16, 9, LAYERS, 6)
     for average in (6, 9):
         with load_pruners(model, tmp_path, average_tokens=average), torch.no_grad():
             model(**batch_of(model, [9], [1]))

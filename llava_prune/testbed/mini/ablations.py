@@ -28,6 +28,9 @@ VARIANTS = {
     "mean_var": Variant({"alignment": "mean_var"}),
     "kl": Variant({"alignment": "kl"}),
     "no_alignment": Variant({"alignment": "none"}),
+    # what the answer depends on, as a first guess
+    "no_guidance": Variant({"guidance_weight": 0.0}),
+    "guidance_half": Variant({"guidance_ratio": 0.5}),
     # the adversary
     "non_saturating": Variant({"gan_loss": "non_saturating"}),
     "hinge": Variant({"gan_loss": "hinge"}),
@@ -36,11 +39,11 @@ VARIANTS = {
     "spectral_norm": Variant({"spectral_norm": True}),
     "no_noise": Variant({"noise_scale_start": 0.0, "noise_scale_end": 0.0}),
     # the mask
-    "gumbel_soft": Variant({"estimator": "gumbel_soft"}),
-    "gumbel_st": Variant({"estimator": "gumbel_st"}),
-    "sigmoid_st": Variant({"estimator": "sigmoid_st"}),
+    "gumbel_soft": Variant({"estimator": "gumbel_soft", "selection": "threshold"}),
+    "gumbel_st": Variant({"estimator": "gumbel_st", "selection": "threshold"}),
+    "sigmoid_st": Variant({"estimator": "sigmoid_st", "selection": "threshold"}),
     "topk_st": Variant({"estimator": "topk_st", "selection": "topk"}),
-    "own_budget": Variant({"budget_credit": "own"}),
+    "own_budget": Variant({"estimator": "gumbel_st", "selection": "threshold", "budget_credit": "own"}),
     "no_masked_end": Variant({"final_masked_ratio": 0.0}),
     # the pruner
     "no_question": Variant({"use_question": False}),
@@ -51,7 +54,7 @@ VARIANTS = {
     "layers_2_8_16": Variant({"pruning_layers": [2, 8, 16]}),
     # what else is trained
     "lora": Variant(flags={"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4}),
-    "merger": Variant({"enable_token_merger": True}),
+    "merger": Variant({"enable_token_merger": True, "guidance_weight": 0.0}),
 }
 
 
