@@ -3,8 +3,8 @@
 The task's gradient is a noisy word about the few tokens that one draw kept, and says nothing while nothing is
 dropped: an answer that is sure has no slope left. In the unpruned pass, which is run for the discriminator anyway, the
 log-odds of the answer have one, to all tokens at once. To first order the slope of a bias on a token's attention is
-what keeping the token does for the answer (saliency: Simonyan et al. 2013, arXiv:1312.6034; of attention: Michel et al.
-2019, arXiv:1905.10650, eq. 2). A token counts with the square of its slopes above 0, added up over layers: the sum
+what keeping the token does for the answer (saliency: Simonyan et al. 2013, arXiv:1312.6034; of attention: Michel et
+al. 2019, arXiv:1905.10650, eq. 2). A token counts with the square of its slopes above 0, added up over layers: the sum
 alone spreads half of all weight over tokens that nobody could keep.
 
 Tried on testbed.mini, the base asked held-back questions with the best K of 576 tokens from layer 1 on, 60 questions a

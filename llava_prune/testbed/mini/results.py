@@ -43,7 +43,7 @@ def write_results(
         if not lines:
             lines.append(_line_of(rows[0], None, questions))
         lines += [_line_of(row, budget, questions) for row in rows if row["kind"] == BASELINE]
-        lines += _lines_of_ours(rows, budget)
+        lines += _lines_of_ours(rows, budget, comparison)
         for line in lines:
             if line["budget"] == budget and (timed := times.get(line["method"])):
                 line["prefill_ms"], line["prefill_origin_ms"] = timed["prefill_ms"], timed["prefill_origin_ms"]
@@ -90,15 +90,16 @@ def _line_of(row: dict[str, Any], budget: float | None, questions: int) -> dict[
     }
 
 
-def _lines_of_ours(rows: list[dict[str, Any]], budget: float) -> list[dict[str, Any]]:
-    """At the budget exactly, and by threshold; a line of either over the seeds that did not collapse."""
+def _lines_of_ours(rows: list[dict[str, Any]], budget: float, comparison: Comparison) -> list[dict[str, Any]]:
+    """At the budget exactly, and by threshold if trained so; a line of either over the seeds that did not collapse."""
     best = max(
         (row for row in rows if row["kind"] == BASELINE and row["reason"] is None),
         key=lambda row: row["accuracy"],
         default=None,
     )
     lines = []
-    for exactly in (True, False):
+    by_threshold = any(training.selection == "threshold" for training in comparison.trainings.values())
+    for exactly in (True, False) if by_threshold else (True,):
         ours = [row for row in rows if row["kind"] == PRUNERS and (row["budget"] is not None) == exactly]
         ours = [row for row in ours if row["reason"] is None]
         if not ours:
@@ -125,7 +126,7 @@ def write_transfer(out: Path, questions: int, compared: dict[str, Comparison]) -
         budget = next((row["budget"] for row in rows if row["budget"] is not None), 0.0)
         part = [_line_of(rows[0], None, questions)]
         part += [_line_of(row, budget, questions) for row in rows if row["kind"] == BASELINE]
-        lines += [{"set": name, **line} for line in [*part, *_lines_of_ours(rows, budget)]]
+        lines += [{"set": name, **line} for line in [*part, *_lines_of_ours(rows, budget, comparison)]]
     _write(out, "transfer", lines, {"questions": questions})
     for name in compared:
         _print(name, [line for line in lines if line["set"] == name])

@@ -44,6 +44,7 @@ class Training:
         seed: of the pruners, the noise and the order of the data.
         job: the command.
         lora: whether the base comes with an adapter of its own.
+        selection: threshold or topk, as in `PruneConfig`.
     """
 
     variant: str
@@ -51,6 +52,7 @@ class Training:
     seed: int
     job: Job
     lora: bool
+    selection: str
 
     @property
     def collapsed(self) -> bool:
@@ -128,7 +130,7 @@ def plan_training(
     }
     name = f"{variant} at {budget:g}, seed {seed}"
     job = Job(name, out, ("-m", "llava_prune.train", *_arguments(flags)), expected_failure=COLLAPSED)
-    return Training(variant, budget, seed, job, bool(chosen.flags.get("lora_enable")))
+    return Training(variant, budget, seed, job, bool(chosen.flags.get("lora_enable")), config.selection)
 
 
 def _arguments(flags: dict[str, Any]) -> list[str]:
