@@ -113,7 +113,7 @@ class PruneTrainerMixin:
         # the mode must hold through the backward pass, where checkpointed layers run again
         with prune_mode(self.model, "masked" if values.masked else "soft"):
             loss = super().training_step(model, inputs, *args, **kwargs)
-        state.loss_only = False
+        state.loss_only = state.guided = False
         if self.adversary is not None:
             self._train_adversary()
         state.record, state.target_ease = None, 1.0
