@@ -43,6 +43,7 @@ def guided_pass(
     record: ForwardRecord,
     pruning_layers: tuple[int, ...],
     feature_layers: Iterable[int],
+    compiled: bool = False,
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """The unpruned pass from the hidden states that entered the first pruner, and what its answers depend on.
 
@@ -53,6 +54,7 @@ def guided_pass(
         record: of the pruned pass of the same batch, whose layout has labels.
         pruning_layers: ascending.
         feature_layers: whose outputs are wanted.
+        compiled: whether layers are.
 
     Returns:
         layer -> (B, T, hidden_size) outputs of the feature layers;
@@ -69,7 +71,7 @@ def guided_pass(
         for index, layer in enumerate(layers, pruning_layers[0]):
             biases.append(torch.zeros_like(layout.valid, dtype=torch.float32).requires_grad_())
             bias = biases[-1].masked_fill(~layout.valid, HIDDEN)
-            hidden = _run(decoder, layer, hidden, tables, bias)
+            hidden = _run(decoder, layer, hidden, tables, bias, compiled)
             if index in wanted:
                 features[index] = hidden.detach()
         odds = _log_odds(decoder, head, hidden, layout.labels)

@@ -61,6 +61,8 @@ class PruneTrainerMixin:
             state.feature_layers = self.prune.disc_layer_indices(num_layers)
         self.lora = bool(getattr(args, "lora_enable", False))
         _set_trainable(model, self.prune_handle.pruners, self.prune, self.lora)
+        if self.prune.compile_layers:
+            _check_compilable(self.prune_handle.decoder, args)
         if self.prune.train_base:
             # what comes out is another model than the one that went in
             model.config.llava_prune_base = Path(args.output_dir).name
@@ -159,7 +161,8 @@ class PruneTrainerMixin:
         if not state.guided:
             return handle.unpruned_features(record), index, {}
         head, layers = self.model.get_output_embeddings(), self.prune.pruning_layers
-        features, shares = guided_pass(handle.decoder, head, record, layers, state.feature_layers)
+        compiled = self.prune.compile_layers
+        features, shares = guided_pass(handle.decoder, head, record, layers, state.feature_layers, compiled)
         return features, index, shares
 
     def _guidance(self, record: ForwardRecord, shares: dict[int, Tensor]) -> Tensor:
@@ -381,6 +384,21 @@ def _set_trainable(model: nn.Module, pruners: nn.Module, config: PruneConfig, lo
             model.disable_input_require_grads()
     for name, parameter in pruners.named_parameters():
         parameter.requires_grad_(flags[name])
+
+
+def _check_compilable(decoder: nn.Module, args: Any) -> None:
+    """Raises ValueError where something works inside the decoder's layers that torch.compile would break on."""
+    zero = getattr(args, "hf_deepspeed_config", None)
+    others = {
+        type(module).__name__
+        for layer in decoder.layers
+        for module in layer.modules()
+        if not list(module.children()) and list(module.parameters()) and type(module) is not nn.Linear
+        if not type(module).__name__.endswith("RMSNorm")
+    }
+    if others or (zero is not None and zero.is_zero3()):
+        found = f"the decoder has {', '.join(sorted(others))}" if others else "ZeRO-3 splits the weights of each layer"
+        raise ValueError(f"compile_layers needs plain layers that are whole on every rank, but {found}: leave it out")
 
 
 def _match_vision_dtype(model: nn.Module, args: Any) -> None:
