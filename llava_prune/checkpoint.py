@@ -19,7 +19,19 @@ from .patch import PruneHandle, attach_pruners, find_handle, require_handle, set
 
 WEIGHTS = "pruners.safetensors"
 CONFIG = "prune_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of 2, pruners know places and look at the picture
+# settings that say which weights there are, and of what shape
+SHAPING = (
+    "pruning_layers",
+    "pruner_rank",
+    "pruner_dim",
+    "pruner_heads",
+    "use_question",
+    "use_attn_residual",
+    "enable_token_merger",
+    "merger_tokens",
+    "merger_heads",
+)
 
 
 def base_identity(model: nn.Module) -> dict[str, Any]:
@@ -204,6 +216,24 @@ def load_pruners(
     handle.state.keep_fractions = None if fractions is None else tuple(fractions)
     set_mode(model, mode)
     return handle
+
+
+def start_from(model: nn.Module, directory: str | Path) -> None:
+    """Give attached pruners the weights of others, whose budget, losses and estimator may have been others.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_pruners`, or pruners of other layers or sizes than those attached.
+    """
+    description, weights = read_description(directory), read_weights(directory)
+    check_base(description, model, allow_other_base=False)
+    handle, theirs = require_handle(model), PruneConfig.from_dict(description["prune_config"])
+    differing = [name for name in SHAPING if getattr(theirs, name) != getattr(handle.config, name)]
+    if differing:
+        raise ValueError(
+            f"the pruners in {directory} have other {', '.join(differing)}: start from pruners of the same, or train "
+            "without prune_start"
+        )
+    _copy_weights(handle.pruners, weights, directory)
 
 
 def _copy_weights(pruners: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:

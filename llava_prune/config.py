@@ -104,6 +104,10 @@ class PruneConfig:
         0.0, "weight of the cross-entropy of keep logits to what the unpruned answer depends on, at the start"
     )
     guidance_ratio: float = _field(0.5, "share of training over which guidance falls to nothing, by cosine")
+    guidance_only_ratio: float = _field(
+        0.0,
+        "first share of training by guidance alone, without masks; 1 trains pruners for prune_start",
+    )
     sparsity_weight: float = _field(1000.0, "weight of (kept fraction - target)^2, over the batch")
     budget_credit: str = _field(
         "all",
@@ -171,12 +175,15 @@ class PruneConfig:
                 "guidance_weight: the unpruned answer depends on tokens that the merger makes others of; set one of "
                 "guidance_weight and enable_token_merger"
             )
+        if self.guidance_only_ratio and not self.guidance_weight:
+            raise ValueError("guidance_only_ratio needs a guidance_weight above 0: nothing else trains in that share")
         for name in (
             "temperature_anneal_ratio",
             "final_masked_ratio",
             "target_warmup_ratio",
             "loss_weight_warmup_ratio",
             "guidance_ratio",
+            "guidance_only_ratio",
             "disc_max_accuracy",
             "threshold",
         ):

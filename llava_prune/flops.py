@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import PruneConfig
+from .pruner import PLACE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,11 @@ def pruner_flops(config: PruneConfig, shape: DecoderShape, vision: Tensor, text:
     total = torch.zeros_like(text)
     for layer in config.pruning_layers:
         n = vision[:, layer - 1]  # what enters the pruner is what the layer before had
-        per_vision = d * r + r * p + p * p + (r + p) * p + 2 * p  # compression, query, output, hidden, logits
-        per_context = d * r + 2 * r * p  # compression, key, value
-        products = n * per_vision + context * per_context + 2 * n * context * p
+        # compression, place, key and value; query, output, hidden, logits
+        per_vision = d * r + PLACE_WIDTH * r + 2 * r * p + r * p + p * p + (r + p) * p + 2 * p
+        # compression, query, output and its way back; key and value
+        per_context = d * r + r * p + p * p + p * r + 2 * r * p
+        products = n * per_vision + context * per_context + 4 * n * context * p
         total += 2 * products
         if config.use_attn_residual:
             total += attention_rows_flops(shape, n + text, question)

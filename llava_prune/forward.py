@@ -79,6 +79,10 @@ class LayerForward:
         device = compat.execution_device(self.layer)
         call = compat.on_device(self.bind(args, kwargs), device)
         record.move(device)
+        if self.state.prefix_only:
+            if self.index == self.pruning_layers[0]:
+                record.prefix = _detached(call)
+            return compat.layer_output(self.layer, call["hidden_states"])
         if record.mode == "hard":
             return self._hard(call, record)
         return self._masked(call, record)
@@ -160,7 +164,7 @@ class LayerForward:
         hidden, layout = call["hidden_states"], record.layout
         restarted = self.state.feature_layers or self.state.guided
         if self.index == self.pruning_layers[0] and restarted and record.prefix is None:
-            record.prefix = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
+            record.prefix = _detached(call)
         before = [layer for layer in self.pruning_layers if layer < self.index]
         past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()
         past_kept = record.kept[before[-1]] if before else layout.vision_valid
@@ -332,6 +336,10 @@ class LayerForward:
                 f"the key-value cache of decoder layer {self.index} holds {held} positions, but the latest pruned "
                 f"prefill left {expected}: this cache is of another prompt or mode, prefill the whole prompt again"
             )
+
+
+def _detached(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
 
 
 def marked(index: Tensor, flags: Tensor, width: int) -> Tensor:

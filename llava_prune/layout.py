@@ -113,6 +113,22 @@ class TokenLayout:
         """(B,) long, vision tokens of each sample."""
         return self.vision_valid.sum(-1)
 
+    def places(self, positions: Tensor) -> Tensor:
+        """Where in their picture the vision tokens at `positions` (B, K) lie.
+
+        Returns:
+            (B, K, 2) fp32 row and column in (0, 1). The tokens of a picture are taken for a square where their number
+            is one, else for a column; pictures for equally large where their tokens can be shared out evenly.
+        """
+        ordinals = (self.vision.cumsum(-1) - 1).clamp(min=0).gather(1, positions)
+        counts, images = self.vision_counts[:, None], self.num_images[:, None].clamp(min=1)
+        counts = torch.where(counts % images == 0, counts // images, counts).clamp(min=1)
+        ordinals = ordinals % counts
+        side = counts.double().sqrt().round().long()
+        width = torch.where(side * side == counts, side, torch.ones_like(side))
+        row, column = (ordinals // width + 0.5) * width / counts, (ordinals % width + 0.5) / width
+        return torch.stack([row, column], -1)
+
     def to(self, device: torch.device) -> TokenLayout:
         """The same on another device."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -39,13 +39,16 @@ class CrossAttention(nn.Module):
         self.to_output = nn.Linear(dim, dim)
 
     def forward(self, query: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
-        """(B, N, query_dim), (B, S, context_dim), (B, S) bool or None -> (B, N, dim)."""
+        """(B, N, query_dim), (B, S, context_dim), (B, S) bool, fp32 bias or None -> (B, N, dim)."""
 
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        mask = None if context_mask is None else context_mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(
-            split(self.to_query(query)), split(self.to_key(context)), split(self.to_value(context)), attn_mask=mask
+        query, key, value = (
+            split(to(x)) for to, x in ((self.to_query, query), (self.to_key, context), (self.to_value, context))
         )
+        mask = None if context_mask is None else context_mask[:, None, None, :]
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_output(attended.transpose(1, 2).flatten(2))

@@ -267,6 +267,11 @@ class PruneHandle:
                     "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
                 )
 
+    def logits(self, layer: int, hidden: Tensor, record: ForwardRecord) -> Tensor:
+        """(B, N, 2) keep logits of a pruner for (B, T, hidden_size) that enter its layer with every token."""
+        call = {**record.prefix, "hidden_states": hidden}
+        return self.scorers[layer](LayerView.of_all_rows(self.decoder.layers[layer], call, record)).logits
+
     @torch.no_grad()
     def unpruned_features(self, record: ForwardRecord) -> dict[int, Tensor]:
         """Outputs of `state.feature_layers` without pruning, from the hidden states that entered the first pruner.

@@ -16,8 +16,11 @@ def cosine(start: float, end: float, progress: float, ratio: float) -> float:
 class ScheduleValues:
     """What the schedules say at one moment.
 
-    `target_ease` is 0 while everything may be kept and 1 once the target holds in full.
+    `guidance_only` while guidance alone trains; `target_ease` is 0 while everything may be kept and 1 once the target
+    holds in full.
     """
+
+    guidance_only: bool
 
     temperature: float
     task_weight: float
@@ -28,15 +31,21 @@ class ScheduleValues:
 
 
 def schedule(config: PruneConfig, step: int, max_steps: int) -> ScheduleValues:
-    """Values for optimiser step `step` (0-based) of `max_steps`; the temperature falls exponentially."""
-    progress = step / max(max_steps, 1)
+    """Values for optimiser step `step` (0-based) of `max_steps`; the temperature falls exponentially.
+
+    What is scheduled is scheduled over the steps after those of guidance alone.
+    """
+    alone = round(max_steps * config.guidance_only_ratio)
+    progress = max(step - alone, 0) / max(max_steps - alone, 1)
     done = min(progress / config.temperature_anneal_ratio, 1.0) if config.temperature_anneal_ratio > 0 else 1.0
     ratio = config.loss_weight_warmup_ratio
+    guidance = cosine(config.guidance_weight, 0.0, progress, config.guidance_ratio)
     return ScheduleValues(
+        guidance_only=step < alone,
         temperature=config.temperature_start * (config.temperature_end / config.temperature_start) ** done,
         task_weight=cosine(config.task_weight_start, config.task_weight_end, progress, ratio),
         adversarial_weight=cosine(config.adversarial_weight_start, config.adversarial_weight_end, progress, ratio),
-        guidance_weight=cosine(config.guidance_weight, 0.0, progress, config.guidance_ratio),
+        guidance_weight=config.guidance_weight if step < alone else guidance,
         target_ease=cosine(0.0, 1.0, progress, config.target_warmup_ratio),
-        masked=step >= round(max_steps * (1 - config.final_masked_ratio)),
+        masked=step >= alone + round((max_steps - alone) * (1 - config.final_masked_ratio)),
     )

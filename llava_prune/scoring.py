@@ -19,6 +19,8 @@ from .layout import TokenLayout, gather_rows
 from .masks import keep_probability
 from .state import ForwardRecord
 
+UNSEEN = -1e4  # a bias that leaves nothing, and still a number where all have it
+
 
 @dataclass(frozen=True)
 class LayerView:
@@ -62,6 +64,19 @@ class LayerView:
     def question(self) -> Tensor:
         """(B, Q, D) hidden states of the question."""
         return gather_rows(self.call["hidden_states"], self.question_index)
+
+    @property
+    def places(self) -> Tensor:
+        """(B, N, 2) row and column of the vision tokens in their pictures."""
+        return self.layout.places(self.rows.positions.gather(1, self.vision_index))
+
+    @property
+    def visible(self) -> Tensor:
+        """(B, N) fp32 bias of looks at the vision tokens: 0 or a soft mask's while alive, else `UNSEEN`."""
+        bias = torch.zeros_like(self.vision_index, dtype=torch.float32)
+        if self.bias is not None:
+            bias = self.bias.float().gather(1, self.vision_index)
+        return bias.masked_fill(~self.alive, UNSEEN)
 
     @property
     def predicting(self) -> Tensor | None:
@@ -130,7 +145,8 @@ class PrunerScorer:
         if self.pruner.use_attn_residual:
             attention = view.attention(view.question_index, view.question_valid)
             residual = _relative(attention, view.alive, view.layout.vision_counts)
-        logits = self.pruner(view.vision, view.question, view.question_valid, residual)
+        vision = (view.vision, view.places, view.visible)
+        logits = self.pruner(*vision, view.question, view.question_valid, residual)
         return Scores(keep_probability(logits), logits)
 
 

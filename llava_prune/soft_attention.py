@@ -24,7 +24,7 @@ from .decoder_layer import Tables, attend, finish, project
 
 HIDDEN = -1e3  # bias of padding: its weight is 0 in any dtype, and times sqrt(d) it is still finite in half precision
 CUDA_MULTIPLE = 8  # widths that fused CUDA kernels take
-FLEX_WIDTHS = (64, 128)  # of a head
+FLEX_WIDTHS = (128,)  # of a head
 AMPERE = (8, 0)  # compute capability that FlexAttention's kernels are made for, and later ones
 
 

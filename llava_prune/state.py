@@ -107,6 +107,7 @@ class PruneState:
     keep_fractions: tuple[float, ...] | None = None  # of each pruning layer, late in training
     feature_layers: tuple[int, ...] = ()
     guided: bool = False  # the unpruned pass that follows asks what the answer depends on
+    prefix_only: bool = False  # the pass ends before the first pruning layer; what leaves the decoder means nothing
     announced: TokenLayout | None = None
     merger_questions: Tensor | None = None
     record: ForwardRecord | None = None

@@ -28,7 +28,7 @@ _PREFIX = "prune_"
 
 
 def flag_fields() -> list[tuple[str, Any, Any]]:
-    """One optional command line flag `--prune_<field>` for each field of `PruneConfig`, plus `--prune_config`."""
+    """`--prune_config`, `--prune_start`, and an optional flag `--prune_<field>` for each field of `PruneConfig`."""
     fields: list[tuple[str, Any, Any]] = [
         (
             "prune_config",
@@ -36,6 +36,8 @@ def flag_fields() -> list[tuple[str, Any, Any]]:
             dataclasses.field(default="default", metadata={"help": "a preset's name, or a YAML or JSON file"}),
         )
     ]
+    start = {"help": "pruners to start from: the output of a training with the same layers and sizes of pruners"}
+    fields.append(("prune_start", _optional(str | None), dataclasses.field(default=None, metadata=start)))
     for item in dataclasses.fields(PruneConfig):
         metadata = {"help": item.metadata["help"]}
         kind = _optional(_FLAG_TYPES[str(item.type)])

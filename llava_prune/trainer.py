@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import compat
 from .adversary import Adversary
-from .checkpoint import read_description, read_weights, save_pruners
+from .checkpoint import read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
 from .guidance import guided_pass
 from .layout import gather_rows, padded_index
@@ -50,6 +50,8 @@ class PruneTrainerMixin:
         self.prune: PruneConfig = args.prune
         set_seed(args.seed)  # the host seeds later than the pruners are made
         self.prune_handle = attach_pruners(model, self.prune)
+        if args.prune_start is not None:
+            start_from(model, args.prune_start)
         if (args.bf16 or args.fp16) and not args.deepspeed:
             # DeepSpeed keeps fp32 copies of what it trains; without it small steps would be rounded away
             self.prune_handle.pruners.float()
@@ -110,13 +112,13 @@ class PruneTrainerMixin:
         values = self._schedule()
         state = self.prune_handle.state
         state.temperature, state.target_ease = values.temperature, values.target_ease
-        state.guided = values.guidance_weight > 0
+        state.guided, state.prefix_only = values.guidance_weight > 0, values.guidance_only
         state.loss_only = self.prune.alignment != "kl"
         # the mode must hold through the backward pass, where checkpointed layers run again
         with prune_mode(self.model, "masked" if values.masked else "soft"):
             loss = super().training_step(model, inputs, *args, **kwargs)
-        state.loss_only = state.guided = False
-        if self.adversary is not None:
+        state.loss_only = state.guided = state.prefix_only = False
+        if self.adversary is not None and not values.guidance_only:
             self._train_adversary()
         state.record, state.target_ease = None, 1.0
         return loss
@@ -129,12 +131,15 @@ class PruneTrainerMixin:
         # a cache would keep every key and value, and 5.x switches it off in the outer config alone
         outputs = model(**inputs, use_cache=False)
         record = state.record
+        if values.guidance_only:
+            loss = values.guidance_weight * self._guidance_alone(record)
+            return (loss, outputs) if return_outputs else loss
         terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)
         terms["task"] = outputs.loss
         if state.feature_layers or state.guided:
             real, real_index, shares = self._unpruned(record, inputs)
             if state.guided:
-                terms["guidance"] = self._guidance(record, shares)
+                terms["guidance"] = self._guidance(record, record.logits, shares)
             if state.feature_layers:
                 terms["adversarial"] = self._alignment(record, real, real_index, outputs)
         weights = {
@@ -162,17 +167,24 @@ class PruneTrainerMixin:
             return handle.unpruned_features(record), index, {}
         head, layers = self.model.get_output_embeddings(), self.prune.pruning_layers
         compiled = self.prune.compile_layers
-        features, shares = guided_pass(handle.decoder, head, record, layers, state.feature_layers, compiled)
-        return features, index, shares
+        unpruned = guided_pass(handle.decoder, head, record, layers, state.feature_layers, compiled)
+        return unpruned.features, index, unpruned.shares
 
-    def _guidance(self, record: ForwardRecord, shares: dict[int, Tensor]) -> Tensor:
+    def _guidance(self, record: ForwardRecord, logits: dict[int, Tensor], shares: dict[int, Tensor]) -> Tensor:
         """The term that has every pruner rank the tokens as the unpruned answer depends on them, mean over pruners."""
         layout = record.layout
         weights = (layout.vision_counts > 0).float()
-        terms = [
-            guidance_loss(record.logits[layer], share, layout.vision_valid, weights) for layer, share in shares.items()
-        ]
+        terms = [guidance_loss(logits[layer], share, layout.vision_valid, weights) for layer, share in shares.items()]
         return torch.stack(terms).mean()
+
+    def _guidance_alone(self, record: ForwardRecord) -> Tensor:
+        """Guidance of every pruner on the unpruned pass, by what enters its layer there."""
+        handle, head = self.prune_handle, self.model.get_output_embeddings()
+        unpruned = guided_pass(handle.decoder, head, record, self.prune.pruning_layers, (), self.prune.compile_layers)
+        logits = {layer: handle.logits(layer, hidden, record) for layer, hidden in unpruned.entering.items()}
+        term = self._guidance(record, logits, unpruned.shares)
+        self._note({"loss/guidance": term, "prune/with_image": (record.layout.vision_counts > 0).any()})
+        return term
 
     def _alignment(
         self, record: ForwardRecord, real_features: dict[int, Tensor], real_index: Tensor, outputs: Any

@@ -96,7 +96,7 @@ def test_every_field_is_a_flag_and_an_override(tmp_path):
     from llava.train.train import TrainingArguments
     from transformers import HfArgumentParser
 
-    assert [name for name, *_ in flag_fields()][1:] == [f"prune_{name}" for name in PruneConfig.field_names()]
+    assert [name for name, *_ in flag_fields()][2:] == [f"prune_{name}" for name in PruneConfig.field_names()]
     parser = HfArgumentParser(training_arguments_class(TrainingArguments))
     flags = (
         "--prune_config avg128 --prune_pruning_layers 2 5 --prune_target_sparsity 0.5 --prune_use_attn_residual True "
@@ -123,6 +123,12 @@ def test_schedules():
     assert start.guidance_weight == 0
     guided = PruneConfig(target_token_num=200, guidance_weight=4.0, guidance_ratio=0.5)
     assert [schedule(guided, step, 100).guidance_weight for step in (0, 25, 50, 99)] == pytest.approx([4, 2, 0, 0])
+    begun = PruneConfig(target_token_num=200, guidance_weight=4.0, guidance_ratio=0.0, guidance_only_ratio=0.5)
+    values = [schedule(begun, step, 100) for step in (0, 49, 50, 89, 90)]
+    assert [value.guidance_only for value in values] == [True, True, False, False, False]
+    assert [value.guidance_weight for value in values] == [4, 4, 0, 0, 0]
+    assert [value.masked for value in values] == [False, False, False, False, True]
+    assert values[2].target_ease == 0 and values[2].temperature == pytest.approx(0.99), "the rest starts here"
     assert start.target_ease == 0 and middle.target_ease == pytest.approx(1)
     assert [schedule(config, step, 100).masked for step in (74, 75)] == [False, True]
     assert cosine(1, 3, 0.25, 0.5) == pytest.approx(2)

@@ -55,14 +55,16 @@ def test_the_target_is_what_the_answer_depends_on(tower_folder, side, checkpoint
     with prune_mode(llava, "soft"):
         llava(**inputs, use_cache=False)
         record = handle.state.record
-        features, shares = guided_pass(handle.decoder, llava.lm_head, record, LAYERS, (2, 4))
+        features, entering, shares = guided_pass(handle.decoder, llava.lm_head, record, LAYERS, (2, 4))
     layout = record.layout
     for layer in (2, 4):
         assert not features[layer].requires_grad
         torch.testing.assert_close(features[layer][layout.valid], stock[layer][layout.valid], atol=1e-4, rtol=1e-4)
-    assert set(shares) == set(LAYERS)
+    assert set(shares) == set(entering) == set(LAYERS)
+    for layer in LAYERS:
+        torch.testing.assert_close(entering[layer][layout.valid], stock[layer - 1][layout.valid], atol=1e-4, rtol=1e-4)
     for layer, share in shares.items():
-        paid = slopes[layer:].sum(0).square()
+        paid = slopes[layer:].sum(0)
         for row in range(4):
             expected = paid[row][layout.vision[row]]
             count = len(expected)
@@ -91,6 +93,38 @@ def test_the_loss_ranks_tokens_and_leaves_their_number_alone():
     changed[1, 4:] += 5
     assert guidance_loss(changed, target, valid, weights) == pytest.approx(loss), "filler counts"
     assert guidance_loss(worse, target, valid, torch.tensor([0.0, 0.0])) == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_pass_that_ends_before_the_first_pruner_serves_guidance_as_a_whole_one(tower_folder, side):
+    """And pruners that read the unpruned states of their layer say what they say in a pass that drops nothing."""
+    inputs = batch_of([9, 12, 6, 8], [1, 2, 0, 1], side, answers=[2, 3, 2, 1])
+    llava = tiny_llava(tower_folder, padding_side=side).train().requires_grad_(False)
+    sizes = {"pruner_dim": 16, "min_keep": 10**6, "use_attn_residual": True}
+    handle = attach_pruners(llava, PruneConfig(pruning_layers=LAYERS, target_token_num=10, **sizes))
+    randomise_pruners(handle)
+    handle.state.guided = True
+    passes = []
+    for prefix_only in (False, True):
+        handle.state.prefix_only = prefix_only
+        with prune_mode(llava, "masked"):
+            llava(**inputs, use_cache=False)
+        record = handle.state.record
+        unpruned = guided_pass(handle.decoder, llava.lm_head, record, LAYERS, ())
+        passes.append((record, unpruned))
+    (whole, expected), (short, found) = passes
+    assert short.logits == short.masks == {}
+    for layer in LAYERS:
+        torch.testing.assert_close(found.shares[layer], expected.shares[layer])
+        valid = whole.layout.vision_valid
+        logits = handle.logits(layer, found.entering[layer], short)
+        torch.testing.assert_close(logits[valid], whole.logits[layer][valid], atol=1e-4, rtol=1e-4)
+        assert logits.requires_grad
+
+
+def test_guidance_alone_needs_a_weight():
+    with pytest.raises(ValueError, match="guidance_only_ratio needs a guidance_weight above 0"):
+        PruneConfig(target_token_num=10, guidance_only_ratio=0.5)
 
 
 def test_a_merger_leaves_nothing_to_look_at():

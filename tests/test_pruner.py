@@ -4,31 +4,82 @@ import pytest
 import torch
 
 from llava_prune import PruneConfig
+from llava_prune.layout import TokenLayout
 from llava_prune.pruner import LayerPruner
+from llava_prune.scoring import UNSEEN
+
+SIZES = {"pruner_rank": 8, "pruner_dim": 16, "pruner_heads": 2}
+
+
+def pruner_of(**values):
+    torch.manual_seed(0)
+    return LayerPruner(24, PruneConfig(pruning_layers=(1,), target_token_num=4, **SIZES, **values))
+
+
+def inputs_of(batch, tokens=5, question=4):
+    vision = torch.randn(1, tokens, 24).expand(batch, -1, -1)
+    places, visible = torch.rand(1, tokens, 2).expand(batch, -1, -1), torch.zeros(batch, tokens)
+    return vision, places, visible, torch.randn(batch, question, 24), torch.ones(batch, question, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("use_question", [True, False])
 @torch.no_grad()
 def test_only_a_pruner_that_uses_the_question_depends_on_it(use_question):
-    torch.manual_seed(0)
-    sizes = {"pruner_rank": 8, "pruner_dim": 16, "pruner_heads": 2, "use_question": use_question}
-    pruner = LayerPruner(24, PruneConfig(pruning_layers=(1,), target_token_num=4, **sizes))
-    vision, questions = torch.randn(1, 5, 24).expand(3, -1, -1), torch.randn(3, 4, 24)
-    valid = torch.tensor([[True] * 4, [True] * 4, [False] * 4])
-    logits = pruner(vision, questions, valid)
+    pruner = pruner_of(use_question=use_question)
+    *picture, questions, valid = inputs_of(3)
+    valid[2] = False
+    logits = pruner(*picture, questions, valid)
     assert torch.equal(logits[0], logits[1]) == torch.equal(logits[0], logits[2]) == (not use_question)
-    assert torch.allclose(logits[2], pruner(vision, questions[:, :0], valid[:, :0])[2], atol=1e-6)
+    assert torch.allclose(logits[2], pruner(*picture, questions[:, :0], valid[:, :0])[2], atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_is_not_visible_says_nothing_and_what_is_does():
+    pruner = pruner_of()
+    vision, places, visible, *question = inputs_of(1)
+    other = vision.clone()
+    other[:, 3] = torch.randn(24)
+    seen, unseen = visible, visible.index_fill(1, torch.tensor([3]), UNSEEN)
+
+    def first(vision, visible):
+        return pruner(vision, places, visible, *question)[:, :3]
+
+    assert torch.equal(first(vision, unseen), first(other, unseen))
+    assert not torch.equal(first(vision, seen), first(other, seen))
+    gone = pruner(vision[:, :3], places[:, :3], seen[:, :3], *question)
+    torch.testing.assert_close(first(vision, visible.index_fill(1, torch.tensor([3, 4]), UNSEEN)), gone)
+
+
+@torch.no_grad()
+def test_equal_tokens_differ_by_their_place():
+    pruner = pruner_of()
+    vision, places, *rest = inputs_of(1)
+    vision = vision[:, :1].expand(-1, 5, -1)
+    logits = pruner(vision, places, *rest)
+    assert len(logits[0, :, 0].unique()) == 5
+    moved = pruner(vision, places.flip(1), *rest)
+    torch.testing.assert_close(moved, logits.flip(1))
+
+
+def test_places_are_rows_and_columns_of_square_pictures():
+    """A text token, two pictures of 2 x 2 with text between them, and a picture of 3 tokens, padded at the left."""
+    vision = torch.tensor([[False, *[True] * 4, False, *[True] * 4], [*[False] * 7, *[True] * 3]])
+    valid = torch.ones_like(vision)
+    valid[1, :6] = False
+    layout = TokenLayout.build(valid, vision, torch.tensor([2, 1]))
+    square = [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
+    found = layout.places(layout.vision_index)
+    torch.testing.assert_close(found[0], torch.tensor(square * 2))
+    torch.testing.assert_close(found[1, :3], torch.tensor([[1 / 6, 0.5], [3 / 6, 0.5], [5 / 6, 0.5]]))
 
 
 def test_no_logit_settles():
     """However large the last layer grows, and the attention residual with it: a keep logit can still be moved."""
-    torch.manual_seed(0)
-    sizes = {"pruner_rank": 8, "pruner_dim": 16, "pruner_heads": 2, "use_attn_residual": True, "init_keep_logit": 2.5}
-    pruner = LayerPruner(24, PruneConfig(pruning_layers=(1,), target_token_num=4, logit_cap=3.0, **sizes))
-    vision, question, valid = torch.randn(2, 5, 24), torch.randn(2, 4, 24), torch.ones(2, 4, dtype=torch.bool)
+    pruner = pruner_of(use_attn_residual=True, init_keep_logit=2.5, logit_cap=3.0)
+    inputs = inputs_of(2)
 
     def margin(residual=0.0):
-        logits = pruner(vision, question, valid, torch.full((2, 5), residual))
+        logits = pruner(*inputs, torch.full((2, 5), residual))
         return logits[..., 1] - logits[..., 0]
 
     assert torch.allclose(margin(), torch.tensor(2.5), atol=0.1)

@@ -22,6 +22,8 @@ QUIET = {
     "prune_target_warmup_ratio": 0.0,
     "prune_init_keep_logit": 0.5,
     "prune_guidance_weight": 2.0,
+    "prune_guidance_only_ratio": 0.4,
+    "prune_guidance_ratio": 0.5,
     "prune_pruner_lr": 1e-3,
     "max_grad_norm": 0.0,
 }
@@ -55,11 +57,13 @@ def test_two_processes_equal_one(yes_no, one_process, tmp_path, stage, checkpoin
     expected, reference = one_process
     logs = train(yes_no, tmp_path, stage=stage, gradient_checkpointing=checkpointing, **QUIET)
     assert len(logs) == len(expected) == 5
+    both = {"loss/task", "loss/adversarial", "loss/token_count", "gan/d_loss", "prune/keep_ratio"}
     for ours, theirs in zip(logs, expected, strict=True):
-        for name in ("loss", "loss/task", "loss/adversarial", "loss/token_count", "gan/d_loss", "prune/keep_ratio"):
+        assert ours.keys() == theirs.keys()
+        for name in {"loss", "loss/guidance", *both} & ours.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (name, ours["step"])
-        assert ours.get("loss/guidance", 0) == pytest.approx(theirs.get("loss/guidance", 0), rel=2e-3), ours["step"]
-    assert "loss/guidance" in logs[0] and "loss/guidance" not in logs[-1], "guidance ends with half of training"
+    assert ["loss/guidance" in entry for entry in logs] == [True, True, True, True, False]
+    assert [both <= entry.keys() for entry in logs] == [False, False, True, True, True], "guidance alone comes first"
     ours, theirs = (load_file(Path(out) / "pruners.safetensors") for out in (tmp_path, reference))
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
@@ -73,7 +77,8 @@ def test_text_only_batches_on_one_rank_do_not_hang(yes_no, testbed, tmp_path, st
     with_picture = json.loads((yes_no / "train.json").read_text())
     text = [sample(f"t{i}", None, "Is there a circle?", "no") for i in range(4)]
     data = write_data(tmp_path / "data", testbed, with_picture[:4] + text)
-    flags = {"per_device_train_batch_size": 1, "prune_guidance_weight": 1.0}
+    guidance = {"prune_guidance_weight": 1.0, "prune_guidance_only_ratio": 0.5, "prune_guidance_ratio": 1.0}
+    flags = {"per_device_train_batch_size": 1, **guidance}
     logs = train(data, tmp_path / "out", stage=stage, steps=6, **flags)
     assert len(logs) == 6 and all(entry["loss"] == entry["loss"] for entry in logs)
 
@@ -90,6 +95,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(testbed, tmp_path):
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
         "prune_pruner_lr": 1e-3,
+        "prune_pruner_rank": 32,
+        "prune_guidance_weight": 1.0,
+        "prune_guidance_only_ratio": 0.4,
     }
     expected = train(testbed, tmp_path / "whole", **flags)
     broken = tmp_path / "broken"
@@ -134,7 +142,7 @@ def test_a_finished_run_keeps_all_that_it_wrote(testbed, tmp_path):
 def test_lora_trains_beside_the_pruners_and_both_are_saved(testbed, tmp_path):
     out = tmp_path / "llava-lora"
     flags = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "prune_pruner_lr": 1e-3}
-    train(testbed, out, stage=2, steps=3, **flags)
+    train(testbed, out, stage=2, steps=3, prune_guidance_weight=1.0, prune_guidance_only_ratio=0.4, **flags)
     adapter = load_file(out / "adapter_model.safetensors")
     assert any(weight.abs().sum() > 0 for name, weight in adapter.items() if "lora_B" in name)
     assert not any("pruners" in name for name in adapter)
@@ -156,7 +164,7 @@ def test_lora_trains_beside_the_pruners_and_both_are_saved(testbed, tmp_path):
 
 def test_a_trained_base_is_saved_beside_its_pruners(testbed, tmp_path):
     out = tmp_path / "llava-tuned"
-    train(testbed, out, stage=2, steps=2, prune_train_base=True)
+    train(testbed, out, steps=2, prune_train_base=True, prune_guidance_weight=1.0, prune_guidance_only_ratio=0.5)
     from llava.model.builder import load_pretrained_model
 
     from llava_prune import load_pruners
@@ -189,6 +197,23 @@ def test_other_alignments_train(testbed, tmp_path, alignment):
     logs = train(testbed, tmp_path, processes=1, stage=None, steps=2, prune_alignment=alignment)
     assert ("loss/adversarial" in logs[0]) == (alignment != "none")
     assert not any(name.startswith("gan/") for name in logs[0])
+
+
+def test_pruners_of_guidance_alone_are_a_start_for_others(testbed, tmp_path):
+    """Whatever the budget, the losses and the estimator are then, but not of other pruners or for another base."""
+    alone = {"prune_guidance_weight": 1.0, "prune_guidance_only_ratio": 1.0, "prune_pruner_lr": 1e-3}
+    logs = train(testbed, tmp_path / "alone", stage=3, steps=3, **alone)
+    assert all({"loss", "loss/guidance"} == {name for name in entry if name.startswith("loss")} for entry in logs)
+    start = {"prune_start": tmp_path / "alone", "processes": 1, "stage": None, "steps": 1}
+    train(testbed, tmp_path / "then", prune_target_token_num=72, prune_alignment="none", learning_rate=0, **start)
+    written, begun = (load_file(tmp_path / name / "pruners.safetensors") for name in ("then", "alone"))
+    assert written.keys() == begun.keys()
+    differences = [(written[name] - weight).abs().max() for name, weight in begun.items()]
+    assert max(differences) < 5e-3, "one step from there"
+    description = json.loads((tmp_path / "then" / "prune_config.json").read_text())
+    assert description["prune_config"]["target_token_num"] == 72
+    with pytest.raises(AssertionError, match="have other pruning_layers, pruner_dim"):
+        train(testbed, tmp_path / "other", prune_pruning_layers=[1, 5, 6], prune_pruner_dim=32, **start)
 
 
 def test_an_image_that_breaks_off_is_named(testbed, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..baselines import METHODS, attach_baseline
-from ..checkpoint import CONFIG, WEIGHTS, write_atomically
+from ..checkpoint import CONFIG, WEIGHTS, read_description, write_atomically
 from ..method import attach_method
 from ..patch import PruneHandle
 
@@ -52,6 +52,11 @@ class Method:
         options = {"average_tokens": budget, "allow_other_base": self.allow_other_base}
         return attach_method(model, self.directory, mode, **options)
 
+    def keeps_exactly(self, budgets: list[float]) -> bool:
+        """Whether pruners were trained to keep exactly one of `budgets`, so that their own choice is nothing new."""
+        config = read_description(self.directory)["prune_config"]
+        return config.get("selection") == "topk" and config.get("target_token_num") in budgets
+
     def identity(self) -> dict[str, Any]:
         """What the method computes with: of pruners the files' content, whatever they are called."""
         if self.kind != PRUNERS:
@@ -83,7 +88,7 @@ def budget_name(budget: float | None) -> str:
 def plan(
     baselines: list[str], pruners: dict[str, Path], budgets: list[float], seed: int = 0, allow_other_base: bool = False
 ) -> list[Cell]:
-    """All cells, origin first: baselines and pruners at every budget, then pruners at their own.
+    """All cells, origin first: baselines and pruners at every budget, then pruners at their own if it is another.
 
     Args:
         seed: of the baseline random.
@@ -92,7 +97,8 @@ def plan(
     methods = [Method(name, BASELINE, settings={"seed": seed} if name == "random" else {}) for name in baselines]
     trained = [Method(name, PRUNERS, path, allow_other_base=allow_other_base) for name, path in pruners.items()]
     cells = [Cell(method, budget) for budget in budgets for method in (*methods, *trained)]
-    return [Cell(Method(ORIGIN, ORIGIN), None), *cells, *(Cell(method, None) for method in trained)]
+    own = [Cell(method, None) for method in trained if not method.keeps_exactly(budgets)]
+    return [Cell(Method(ORIGIN, ORIGIN), None), *cells, *own]
 
 
 class CellFiles:

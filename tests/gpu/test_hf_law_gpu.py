@@ -75,6 +75,7 @@ def converted(tmp_path_factory):
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_base_with_bf16_pruners(converted, bits, attention):
+    pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(

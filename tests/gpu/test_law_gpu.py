@@ -65,6 +65,7 @@ def test_masked_equals_hard(tower_folder, attention, dtype, side):
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_base_with_bf16_pruners(tmp_path, bits, attention):
+    pytest.importorskip("bitsandbytes")
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from transformers import BitsAndBytesConfig
 

@@ -19,7 +19,7 @@ from llava_prune.config import PruneConfig
 from llava_prune.data_hf import ConversationDataset
 from llava_prune.testbed.base_data import paint_batch
 from llava_prune.testbed.mini.__main__ import main
-from llava_prune.testbed.mini.ablations import MAIN, VARIANTS, chosen
+from llava_prune.testbed.mini.ablations import MAIN, SECOND, VARIANTS, chosen
 from llava_prune.testbed.mini.assemble import assemble, save
 from llava_prune.testbed.mini.conversations import ALL_KINDS, Conversations, conversation_ids, said
 from llava_prune.testbed.mini.data import DataAmounts, plain_questions, transfer_sets, write_data
@@ -29,7 +29,7 @@ from llava_prune.testbed.mini.pack import pack, read_packed, unpack, write_packe
 from llava_prune.testbed.mini.packages import DINOV2, SMOLLM2, find_file
 from llava_prune.testbed.mini.size import REAL, TINY
 from llava_prune.testbed.mini.trainee import Tiles, Trainee
-from llava_prune.testbed.mini.trainings import TrainingSettings, plan_training
+from llava_prune.testbed.mini.trainings import Trainings, TrainingSettings
 from llava_prune.testbed.mini.wordings import HELD_OUT, TRAINED
 from llava_prune.testbed.mosaic import MosaicSampler, paint, resize
 from llava_prune.testbed.pictures import COLORS, SHAPES, load_pictures
@@ -317,8 +317,9 @@ def test_a_packed_base_is_nearly_the_trained_one(tmp_path):
 
 def words(out, *more):
     given = ["--tiny", "--out", out, "--base_steps", 3, "--base_batch_size", 2, "--base_workers", 0, "--steps", 2]
-    given += ["--batch_size", 2, "--workers", 0, "--mosaics", 4, "--questions", 4, "--seeds", 0, "--budgets", 12]
-    return [str(word) for word in (*given, "--methods", "uniform,visionzip", "--jobs", 1, *more)]
+    given += ["--batch_size", 2, "--guided_steps", 2, "--guided_batch_size", 2, "--workers", 0, "--mosaics", 4]
+    given += ["--questions", 4, "--seeds", 0, "--budgets", 12, "--methods", "uniform,visionzip", "--jobs", 1]
+    return [str(word) for word in (*given, *more)]
 
 
 def test_the_whole_pipeline_once(tmp_path, capfd, monkeypatch):
@@ -381,20 +382,26 @@ def test_variants_differ_in_one_thing_and_fit_the_real_model(tmp_path):
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 30}}))
-    shared = (tmp_path, base, "key", tmp_path / "data", REAL, TrainingSettings())
+    planned = Trainings(tmp_path, base, "key", tmp_path / "data", REAL, TrainingSettings())
     folders, unreachable = {}, []
     for name, variant in VARIANTS.items():
-        assert len(variant.prune) + bool(variant.flags) <= 3  # one thing, and what it does not work without
+        own = {key: value for key, value in variant.prune.items() if SECOND.get(key) != value}
+        assert len(own) + bool(variant.flags) <= 2  # one thing, and what it does not work without
         try:
-            folders[name] = plan_training(*shared, name, 64, 0).job.folder
+            folders[name] = planned.plan(name, 64, 0).job.folder
         except ValueError as error:
             assert "under the floor of 115.2" in str(error)
             unreachable.append(name)
-    assert unreachable == ["layers_6_12_18"] and folders[MAIN] == folders["gan"] != folders["mse"]
-    assert plan_training(*shared, "layers_6_12_18", 128, 0) and plan_training(*shared, MAIN, 32, 0)
-    assert folders[MAIN] != plan_training(*shared, MAIN, 64, 1).job.folder
-    longer = (*shared[:-1], replace(TrainingSettings(), steps=9))
-    assert folders[MAIN] != plan_training(*longer, MAIN, 64, 0).job.folder
+    assert unreachable == ["layers_6_12_18"] and planned.plan("layers_6_12_18", 128, 0)
+    assert len({*folders.values()}) == len(folders)
+    assert planned.plan(MAIN, 32, 0).job.folder == folders[MAIN], "guidance does not know the budget"
+    assert planned.plan("gan", 32, 0).job.folder != folders["gan"]
+    assert planned.plan("gan", 64, 0).start.folder == folders[MAIN] != planned.plan(MAIN, 64, 1).job.folder
+    assert planned.plan("no_start", 64, 0).start is None
+    longer = replace(planned, settings=TrainingSettings(guided_steps=9))
+    assert (
+        folders[MAIN] != longer.plan(MAIN, 64, 0).job.folder and folders["gan"] != longer.plan("gan", 64, 0).job.folder
+    )
     assert chosen("mse,kl") == [MAIN, "mse", "kl"]
     assert PruneConfig.load("mini").floor(576, 30) == pytest.approx(19.2)
 

@@ -60,8 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     base.add_argument("--base_workers", type=int, default=defaults.workers, help="processes that make conversations")
 
     trained, settings = parser.add_argument_group("the pruners"), TrainingSettings()
-    trained.add_argument("--steps", type=int, default=settings.steps, help="of each training")
+    trained.add_argument("--steps", type=int, default=settings.steps, help="of each second training")
     trained.add_argument("--batch_size", type=int, default=settings.batch_size, help="questions a step")
+    trained.add_argument("--guided_steps", type=int, default=settings.guided_steps, help="of each main training")
+    trained.add_argument("--guided_batch_size", type=int, default=settings.guided_batch_size, help="questions a step")
     trained.add_argument("--workers", type=int, default=settings.workers, help="processes of each that read pictures")
     data, amounts = parser.add_argument_group("data"), DataAmounts()
     data.add_argument("--mosaics", type=int, default=amounts.mosaics, help="to train pruners on")
@@ -89,7 +91,10 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.base_seed,
             workers=args.base_workers,
         )
-        settings = TrainingSettings(args.steps, args.batch_size, args.workers, torch.cuda.is_available())
+        gpu = torch.cuda.is_available()
+        settings = TrainingSettings(
+            args.steps, args.batch_size, args.guided_steps, args.guided_batch_size, args.workers, bf16=gpu, compile=gpu
+        )
         amounts = DataAmounts(mosaics=args.mosaics, questions=args.questions)
         plan = Plan(
             budgets=tuple(_numbers(args.budgets, float)) if args.budgets else size.budgets,

@@ -1,4 +1,4 @@
-"""Variants of the pruner training that differ from it in one thing each."""
+"""Variants of the pruner training: of the main one, and of a second one that goes on from it with all other losses."""
 
 from __future__ import annotations
 
@@ -13,48 +13,56 @@ class Variant:
     Attributes:
         prune: `PruneConfig` fields.
         flags: other flags of the training.
+        start: whether it starts from pruners of the main training.
     """
 
     prune: dict[str, Any] = field(default_factory=dict)
     flags: dict[str, Any] = field(default_factory=dict)
+    start: bool = True
 
 
 MAIN = "ours"
+# of a second training, on masks and every loss but guidance, that starts from the pruners of the main one
+SECOND = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-4, "target_warmup_ratio": 0.1}
+
+
+def _second(flags: dict[str, Any] | None = None, start: bool = True, **prune: Any) -> Variant:
+    return Variant({**SECOND, **prune}, flags or {}, start)
+
+
 VARIANTS = {
     MAIN: Variant(),
-    # alignment
-    "gan": Variant({"alignment": "gan"}),
-    "mse": Variant({"alignment": "mse"}),
-    "mean_var": Variant({"alignment": "mean_var"}),
-    "kl": Variant({"alignment": "kl"}),
-    "no_alignment": Variant({"alignment": "none"}),
-    # what the answer depends on, as a first guess
-    "no_guidance": Variant({"guidance_weight": 0.0}),
-    "guidance_half": Variant({"guidance_ratio": 0.5}),
-    # the adversary
-    "non_saturating": Variant({"gan_loss": "non_saturating"}),
-    "hinge": Variant({"gan_loss": "hinge"}),
-    "relativistic": Variant({"gan_loss": "relativistic", "gradient_penalty": 1.0, "disc_max_accuracy": 1.0}),
-    "gradient_penalty": Variant({"gradient_penalty": 1.0}),
-    "spectral_norm": Variant({"spectral_norm": True}),
-    "no_noise": Variant({"noise_scale_start": 0.0, "noise_scale_end": 0.0}),
-    # the mask
-    "gumbel_soft": Variant({"estimator": "gumbel_soft", "selection": "threshold"}),
-    "gumbel_st": Variant({"estimator": "gumbel_st", "selection": "threshold"}),
-    "sigmoid_st": Variant({"estimator": "sigmoid_st", "selection": "threshold"}),
-    "topk_st": Variant({"estimator": "topk_st", "selection": "topk"}),
-    "own_budget": Variant({"estimator": "gumbel_st", "selection": "threshold", "budget_credit": "own"}),
-    "no_masked_end": Variant({"final_masked_ratio": 0.0}),
-    # the pruner
+    # the pruner, in the main training
     "no_question": Variant({"use_question": False}),
     "attn_residual": Variant({"use_attn_residual": True}),
-    "no_attn_residual": Variant({"use_attn_residual": False}),
-    "layers_6_12_18": Variant({"pruning_layers": [6, 12, 18]}),
-    "layers_1_13_25": Variant({"pruning_layers": [1, 13, 25]}),
-    "layers_2_8_16": Variant({"pruning_layers": [2, 8, 16]}),
+    "layers_6_12_18": Variant({"pruning_layers": [6, 12, 18], "layer_shares": [1.5, 1, 0.5]}),
+    "layers_1_13_25": Variant({"pruning_layers": [1, 13, 25], "layer_shares": [1.5, 1, 0.5]}),
+    "layers_2_8_16": Variant({"pruning_layers": [2, 8, 16], "layer_shares": [1.5, 1, 0.5]}),
+    "equal_shares": Variant({"layer_shares": [1, 1, 1, 1]}),
+    # a second training; those below differ from it in one thing
+    "gan": _second(),
+    "gan_faster": _second(pruner_lr=3e-4),
+    "no_start": _second(start=False, pruner_lr=1e-3),
+    "guidance_kept": _second(guidance_weight=1000.0, guidance_ratio=1.0),
+    # alignment
+    "mse": _second(alignment="mse"),
+    "mean_var": _second(alignment="mean_var"),
+    "kl": _second(alignment="kl"),
+    "no_alignment": _second(alignment="none"),
+    # the adversary
+    "non_saturating": _second(gan_loss="non_saturating"),
+    "hinge": _second(gan_loss="hinge"),
+    "no_gradient_penalty": _second(gradient_penalty=0.0),
+    "spectral_norm": _second(spectral_norm=True),
+    "no_noise": _second(noise_scale_start=0.0, noise_scale_end=0.0),
+    # the mask
+    "gumbel_soft": _second(estimator="gumbel_soft", selection="threshold"),
+    "gumbel_st": _second(estimator="gumbel_st", selection="threshold"),
+    "sigmoid_st": _second(estimator="sigmoid_st", selection="threshold"),
+    "no_masked_end": _second(final_masked_ratio=0.0),
     # what else is trained
-    "lora": Variant(flags={"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4}),
-    "merger": Variant({"enable_token_merger": True, "guidance_weight": 0.0}),
+    "lora": _second({"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4}),
+    "merger": _second(start=False, pruner_lr=1e-3, enable_token_merger=True),
 }
 
 

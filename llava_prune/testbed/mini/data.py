@@ -43,7 +43,7 @@ class DataAmounts:
     """
 
     mosaics: int = 4000
-    turns: int = 4
+    turns: int = 8
     questions: int = 1000
     seed: int = 0
 

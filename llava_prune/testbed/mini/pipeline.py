@@ -20,7 +20,7 @@ from .keys import BASE, DATA, content, digest, sources
 from .pack import packed_files
 from .packages import DINOV2, SMOLLM2
 from .size import MiniSize
-from .trainings import Training, TrainingSettings, plan_training
+from .trainings import Training, Trainings, TrainingSettings
 
 TIMED, TIMED_QUESTIONS = 2, 8  # questions of a timing, and of the comparison that it is part of
 
@@ -115,14 +115,16 @@ class Mini:
     # ---- trainings and comparisons
 
     def training(self, variant: str, budget: float, seed: int) -> Training:
-        """Planned; raises ValueError as `plan_training`."""
+        """Planned; raises ValueError as `Trainings.plan`."""
         shared = (self.out / "pruners", self.base, self.base_key, self.data, self.size, self.settings)
-        return plan_training(*shared, variant, budget, seed)
+        return Trainings(*shared).plan(variant, budget, seed)
 
     def train(self, trainings: list[Training]) -> None:
-        """Those that have not been run."""
-        jobs = {training.job.folder: training.job for training in trainings}  # equal variants are one
-        self._run("trainings", list(jobs.values()), self.plan.jobs)
+        """Those that have not been run, after what they start from; equal ones are one."""
+        starts = {training.start.folder: training.start for training in trainings if training.start is not None}
+        jobs = {training.job.folder: training.job for training in trainings}
+        self._run("main trainings", list(starts.values()), self.plan.jobs)
+        self._run("other trainings", list(jobs.values()), self.plan.jobs)
 
     def comparison(self, name: str, questions: str, trainings: list[Training], **changes: Any) -> Comparison:
         """Planned; pruners that collapsed are left out."""

@@ -68,5 +68,12 @@ TINY = MiniSize(
     text_length=160,
     budgets=(18, 12),
     ablated=12,
-    prune={"pruning_layers": (1, 2, 3), "disc_layers": (-1,), "pruner_rank": 16, "pruner_dim": 16, "pruner_heads": 2},
+    prune={
+        "pruning_layers": (1, 2, 3),
+        "layer_shares": (1.5, 1, 0.5),
+        "disc_layers": (-1,),
+        "pruner_rank": 16,
+        "pruner_dim": 16,
+        "pruner_heads": 2,
+    },
 )

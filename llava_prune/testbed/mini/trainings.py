@@ -15,6 +15,8 @@ from .size import MiniSize
 
 COLLAPSED = "TrainingCollapsed"
 PRESET = "mini"
+# what variants of the main training may differ in: the pruners themselves
+OF_PRUNERS = ("pruning_layers", "layer_shares", "use_question", "use_attn_residual")
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,22 @@ class TrainingSettings:
     """What all trainings share.
 
     Attributes:
-        steps: optimizer steps.
-        batch_size: questions a step.
+        steps: optimizer steps of a second training.
+        batch_size: questions a step of that.
+        guided_steps: of the main training, by guidance alone, which all budgets of a seed share.
+        guided_batch_size: questions a step of that.
         workers: processes that prepare pictures, of each training.
         bf16: bf16 base under autocast.
+        compile: the decoder's layers, but of LoRA.
     """
 
     steps: int = 400
     batch_size: int = 16
+    guided_steps: int = 500
+    guided_batch_size: int = 64
     workers: int = 4
     bf16: bool = True
+    compile: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Training:
         budget: average tokens.
         seed: of the pruners, the noise and the order of the data.
         job: the command.
+        start: the command before it, or None.
         lora: whether the base comes with an adapter of its own.
         selection: threshold or topk, as in `PruneConfig`.
     """
@@ -51,6 +60,7 @@ class Training:
     budget: float
     seed: int
     job: Job
+    start: Job | None
     lora: bool
     selection: str
 
@@ -65,72 +75,87 @@ class Training:
         return json.loads(path.read_text())["log_history"] if path.is_file() else []
 
 
-def plan_training(
-    folder: Path,
-    base: Path,
-    base_key: str,
-    data: Path,
-    size: MiniSize,
-    settings: TrainingSettings,
-    variant: str,
-    budget: float,
-    seed: int,
-) -> Training:
-    """A training that is found again as long as all that determines it is the same; equal variants are one.
+@dataclass(frozen=True)
+class Trainings:
+    """All trainings of one base on one set of data.
 
-    Args:
-        folder: of all trainings.
+    Attributes:
+        folder: of all of them.
         base: the checkpoint.
         base_key: tells one base from another.
         data: folder of the data, whose name tells one from another.
-
-    Raises:
-        ValueError: the variant can not be had, as with layers whose floor is over the budget.
+        size, settings: what they share.
     """
-    chosen = VARIANTS[variant]
-    prune = {**size.prune, **chosen.prune, "target_token_num": budget}
-    if prune.get("enable_token_merger"):
-        prune.setdefault("merger_tokens", size.vision_tokens // 4)
-    config = PruneConfig.load(PRESET, prune)
-    layers = json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"]
-    config.check_layers(layers)
-    tokens = config.merger_tokens if config.enable_token_merger else size.vision_tokens
-    config.check_budget(tokens, layers)
-    key = digest(
-        base_key,
-        data.name,
-        config.to_dict(),
-        chosen.flags,
-        [settings.steps, settings.batch_size, settings.bf16, seed],
-        sources(*TRAINING),
-    )
-    out = folder / f"{budget:g}-s{seed}-{key}"
-    flags = {
-        "stack": "hf",
-        "model_name_or_path": base,
-        "data_path": data / "train.json",
-        "image_folder": data,
-        "output_dir": out,
-        "prune_config": PRESET,
-        "max_steps": settings.steps,
-        "per_device_train_batch_size": settings.batch_size,
-        "dataloader_num_workers": settings.workers,
-        "bf16": settings.bf16,
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, settings.steps // 30),
-        "seed": seed,
-        "logging_steps": max(1, settings.steps // 80),
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "model_max_length": 1024,
-        **{f"prune_{name}": value for name, value in prune.items()},
-        **chosen.flags,
-    }
-    name = f"{variant} at {budget:g}, seed {seed}"
-    job = Job(name, out, ("-m", "llava_prune.train", *_arguments(flags)), expected_failure=COLLAPSED)
-    return Training(variant, budget, seed, job, bool(chosen.flags.get("lora_enable")), config.selection)
+
+    folder: Path
+    base: Path
+    base_key: str
+    data: Path
+    size: MiniSize
+    settings: TrainingSettings
+
+    def plan(self, variant: str, budget: float, seed: int) -> Training:
+        """A training that is found again as long as all that determines it is the same; equal variants are one.
+
+        Raises:
+            ValueError: the variant can not be had, as with layers whose floor is over the budget.
+        """
+        chosen, settings = VARIANTS[variant], self.settings
+        prune = {**self.size.prune, **chosen.prune, "target_token_num": budget}
+        if prune.get("enable_token_merger"):
+            prune.setdefault("merger_tokens", self.size.vision_tokens // 4)
+        config = PruneConfig.load(PRESET, prune)
+        layers = json.loads((self.base / "config.json").read_text())["text_config"]["num_hidden_layers"]
+        config.check_layers(layers)
+        config.check_budget(config.merger_tokens if config.enable_token_merger else self.size.vision_tokens, layers)
+        guided, flags = None, dict(chosen.flags)
+        if chosen.start:
+            own = {name: value for name, value in prune.items() if name in (*self.size.prune, *OF_PRUNERS)}
+            own["target_token_num"] = self.size.ablated  # guidance does not see it: one training for all budgets
+            name = f"guided {variant}, seed {seed}"
+            guided = self._job(name, seed, own, settings.guided_steps, settings.guided_batch_size, {})
+            flags["prune_start"] = guided.folder
+        if config.guidance_only_ratio == 1:
+            return Training(variant, budget, seed, guided, None, False, config.selection)
+        name = f"{variant} at {budget:g}, seed {seed}"
+        job = self._job(name, seed, prune, settings.steps, settings.batch_size, flags)
+        return Training(variant, budget, seed, job, guided, "lora_enable" in flags, config.selection)
+
+    def _job(
+        self, name: str, seed: int, prune: dict[str, Any], steps: int, batch_size: int, flags: dict[str, Any]
+    ) -> Job:
+        """The product's training command."""
+        settled = {
+            "prune_config": PRESET,
+            "prune_compile_layers": self.settings.compile and "lora_enable" not in flags,
+            "max_steps": steps,
+            "per_device_train_batch_size": batch_size,
+            "bf16": self.settings.bf16,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, steps // 30),
+            "seed": seed,
+            "logging_steps": max(1, steps // 80),
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "model_max_length": 1024,
+            **{f"prune_{name}": value for name, value in prune.items()},
+            **flags,
+        }
+        config = PruneConfig.load(PRESET, prune).to_dict()
+        key = digest(self.base_key, self.data.name, config, settled, sources(*TRAINING))
+        out = self.folder / f"{prune['target_token_num']:g}-s{seed}-{key}"
+        where = {
+            "stack": "hf",
+            "model_name_or_path": self.base,
+            "data_path": self.data / "train.json",
+            "image_folder": self.data,
+            "output_dir": out,
+            "dataloader_num_workers": self.settings.workers,
+        }
+        words = _arguments({**where, **settled})
+        return Job(name, out, ("-m", "llava_prune.train", *words), expected_failure=COLLAPSED)
 
 
 def _arguments(flags: dict[str, Any]) -> list[str]:
