@@ -175,8 +175,11 @@ class PruneConfig:
                 "guidance_weight: the unpruned answer depends on tokens that the merger makes others of; set one of "
                 "guidance_weight and enable_token_merger"
             )
-        if self.guidance_only_ratio and not self.guidance_weight:
-            raise ValueError("guidance_only_ratio needs a guidance_weight above 0: nothing else trains in that share")
+        if self.guidance_only_ratio and (not self.guidance_weight or self.selection != "topk"):
+            raise ValueError(
+                "guidance_only_ratio needs a guidance_weight above 0 and selection 'topk': guidance ranks tokens and "
+                "does not say how many to keep, which a threshold would have to know"
+            )
         for name in (
             "temperature_anneal_ratio",
             "final_masked_ratio",

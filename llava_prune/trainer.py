@@ -28,6 +28,7 @@ from .objective import budget_terms
 from .patch import attach_pruners, prune_mode
 from .sampling import SeededSampler
 from .schedules import ScheduleValues, schedule
+from .soft_attention import check_compilable
 from .state import ForwardRecord
 from .turns import supervise_one_turn
 
@@ -64,7 +65,12 @@ class PruneTrainerMixin:
         self.lora = bool(getattr(args, "lora_enable", False))
         _set_trainable(model, self.prune_handle.pruners, self.prune, self.lora)
         if self.prune.compile_layers:
-            _check_compilable(self.prune_handle.decoder, args)
+            check_compilable(self.prune_handle.decoder)
+            zero = getattr(args, "hf_deepspeed_config", None)
+            if zero is not None and zero.is_zero3():
+                raise ValueError(
+                    "compile_layers: ZeRO-3 splits the weights of each layer; use ZeRO-2, or leave it out"
+                )
         if self.prune.train_base:
             # what comes out is another model than the one that went in
             model.config.llava_prune_base = Path(args.output_dir).name
@@ -396,21 +402,6 @@ def _set_trainable(model: nn.Module, pruners: nn.Module, config: PruneConfig, lo
             model.disable_input_require_grads()
     for name, parameter in pruners.named_parameters():
         parameter.requires_grad_(flags[name])
-
-
-def _check_compilable(decoder: nn.Module, args: Any) -> None:
-    """Raises ValueError where something works inside the decoder's layers that torch.compile would break on."""
-    zero = getattr(args, "hf_deepspeed_config", None)
-    others = {
-        type(module).__name__
-        for layer in decoder.layers
-        for module in layer.modules()
-        if not list(module.children()) and list(module.parameters()) and type(module) is not nn.Linear
-        if not type(module).__name__.endswith("RMSNorm")
-    }
-    if others or (zero is not None and zero.is_zero3()):
-        found = f"the decoder has {', '.join(sorted(others))}" if others else "ZeRO-3 splits the weights of each layer"
-        raise ValueError(f"compile_layers needs plain layers that are whole on every rank, but {found}: leave it out")
 
 
 def _match_vision_dtype(model: nn.Module, args: Any) -> None:

@@ -25,8 +25,6 @@ def command(data, out, processes, stage, steps, **flags):
     model = data / "llava-mosaic-tiny"
     settings = {
         "prune_config": "mosaic",
-        "prune_guidance_weight": 0.0,  # tests of guidance switch it on
-        "prune_guidance_only_ratio": 0.0,
         "model_name_or_path": model,
         "version": "v1",
         "data_path": data / "train.json",

@@ -123,7 +123,8 @@ def test_schedules():
     assert start.guidance_weight == 0
     guided = PruneConfig(target_token_num=200, guidance_weight=4.0, guidance_ratio=0.5)
     assert [schedule(guided, step, 100).guidance_weight for step in (0, 25, 50, 99)] == pytest.approx([4, 2, 0, 0])
-    begun = PruneConfig(target_token_num=200, guidance_weight=4.0, guidance_ratio=0.0, guidance_only_ratio=0.5)
+    alone = {"guidance_weight": 4.0, "guidance_ratio": 0.0, "guidance_only_ratio": 0.5, "selection": "topk"}
+    begun = PruneConfig(target_token_num=200, **alone)
     values = [schedule(begun, step, 100) for step in (0, 49, 50, 89, 90)]
     assert [value.guidance_only for value in values] == [True, True, False, False, False]
     assert [value.guidance_weight for value in values] == [4, 4, 0, 0, 0]

@@ -122,9 +122,10 @@ def test_a_pass_that_ends_before_the_first_pruner_serves_guidance_as_a_whole_one
         assert logits.requires_grad
 
 
-def test_guidance_alone_needs_a_weight():
-    with pytest.raises(ValueError, match="guidance_only_ratio needs a guidance_weight above 0"):
-        PruneConfig(target_token_num=10, guidance_only_ratio=0.5)
+@pytest.mark.parametrize("values", [{"selection": "topk"}, {"guidance_weight": 1.0}], ids=["no weight", "threshold"])
+def test_guidance_alone_needs_a_weight_and_exact_budgets(values):
+    with pytest.raises(ValueError, match="guidance_only_ratio needs a guidance_weight above 0 and selection 'topk'"):
+        PruneConfig(target_token_num=10, guidance_only_ratio=0.5, **values)
 
 
 def test_a_merger_leaves_nothing_to_look_at():

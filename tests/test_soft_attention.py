@@ -8,7 +8,8 @@ from law import settings as config_of
 from tiny import batch_of, randomise_pruners, tiny_llava
 
 from llava_prune import attach_pruners, prune_mode
-from llava_prune.soft_attention import HIDDEN, biased_attention
+from llava_prune.compat import find_decoder
+from llava_prune.soft_attention import HIDDEN, biased_attention, biased_layer, check_compilable
 
 
 def with_a_mask(query, key, value, bias):
@@ -63,6 +64,36 @@ def test_half_precision_does_not_round_the_bias(dtype):
     rounded = with_a_mask(query, key, value, (bias * 8**0.5).to(dtype).float() / 8**0.5)
     error, of_rounding = (found - exact).abs().max(), (rounded - exact).abs().max()
     assert error < 2 * torch.finfo(dtype).eps + of_rounding / 2
+
+
+def test_a_compiled_layer_is_the_layer(tower_folder):
+    """Of any length, in one compilation more than the first; for all layers alike."""
+    decoder = tiny_llava(tower_folder).requires_grad_(False).model
+    generator = torch.Generator().manual_seed(0)
+    torch._dynamo.reset()
+    for length in (9, 14, 11):
+        hidden = torch.randn(2, length, 32, generator=generator)
+        rotary = decoder.layers[0].self_attn.rotary_emb(hidden, seq_len=length)
+        tables = tuple(table[:length].expand(2, -1, -1) for table in rotary)
+        results = []
+        for compiled in (False, True):
+            bias = (-torch.arange(2.0 * length).view(2, length) / length).requires_grad_()
+            states = hidden
+            for layer in decoder.layers:
+                states = biased_layer(layer, states, tables, bias, compiled)
+            results.append((states, *torch.autograd.grad(states.square().sum(), bias)))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_with_adapters_are_not_compiled(tower_folder):
+    from peft import LoraConfig, get_peft_model
+
+    llava = tiny_llava(tower_folder)
+    check_compilable(llava.model)
+    adapted = get_peft_model(llava, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="compile_layers needs plain layers, the decoder has Linear"):
+        check_compilable(find_decoder(adapted))
 
 
 @pytest.mark.parametrize("mode", ["soft", "masked"])

@@ -24,9 +24,12 @@ QUIET = {
     "prune_guidance_weight": 2.0,
     "prune_guidance_only_ratio": 0.4,
     "prune_guidance_ratio": 0.5,
+    "prune_selection": "topk",
     "prune_pruner_lr": 1e-3,
     "max_grad_norm": 0.0,
 }
+
+GUIDED = {"prune_guidance_weight": 1.0, "prune_guidance_only_ratio": 0.5, "prune_selection": "topk"}
 
 
 def sample(name, picture, question, answer):
@@ -77,8 +80,7 @@ def test_text_only_batches_on_one_rank_do_not_hang(yes_no, testbed, tmp_path, st
     with_picture = json.loads((yes_no / "train.json").read_text())
     text = [sample(f"t{i}", None, "Is there a circle?", "no") for i in range(4)]
     data = write_data(tmp_path / "data", testbed, with_picture[:4] + text)
-    guidance = {"prune_guidance_weight": 1.0, "prune_guidance_only_ratio": 0.5, "prune_guidance_ratio": 1.0}
-    flags = {"per_device_train_batch_size": 1, **guidance}
+    flags = {"per_device_train_batch_size": 1, **GUIDED, "prune_guidance_ratio": 1.0}
     logs = train(data, tmp_path / "out", stage=stage, steps=6, **flags)
     assert len(logs) == 6 and all(entry["loss"] == entry["loss"] for entry in logs)
 
@@ -96,8 +98,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(testbed, tmp_path):
         "per_device_train_batch_size": 2,
         "prune_pruner_lr": 1e-3,
         "prune_pruner_rank": 32,
-        "prune_guidance_weight": 1.0,
-        "prune_guidance_only_ratio": 0.4,
+        **GUIDED,
     }
     expected = train(testbed, tmp_path / "whole", **flags)
     broken = tmp_path / "broken"
@@ -142,7 +143,7 @@ def test_a_finished_run_keeps_all_that_it_wrote(testbed, tmp_path):
 def test_lora_trains_beside_the_pruners_and_both_are_saved(testbed, tmp_path):
     out = tmp_path / "llava-lora"
     flags = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "prune_pruner_lr": 1e-3}
-    train(testbed, out, stage=2, steps=3, prune_guidance_weight=1.0, prune_guidance_only_ratio=0.4, **flags)
+    train(testbed, out, stage=2, steps=3, **GUIDED, **flags)
     adapter = load_file(out / "adapter_model.safetensors")
     assert any(weight.abs().sum() > 0 for name, weight in adapter.items() if "lora_B" in name)
     assert not any("pruners" in name for name in adapter)
@@ -164,7 +165,7 @@ def test_lora_trains_beside_the_pruners_and_both_are_saved(testbed, tmp_path):
 
 def test_a_trained_base_is_saved_beside_its_pruners(testbed, tmp_path):
     out = tmp_path / "llava-tuned"
-    train(testbed, out, steps=2, prune_train_base=True, prune_guidance_weight=1.0, prune_guidance_only_ratio=0.5)
+    train(testbed, out, steps=2, prune_train_base=True, **GUIDED)
     from llava.model.builder import load_pretrained_model
 
     from llava_prune import load_pruners
@@ -201,7 +202,7 @@ def test_other_alignments_train(testbed, tmp_path, alignment):
 
 def test_pruners_of_guidance_alone_are_a_start_for_others(testbed, tmp_path):
     """Whatever the budget, the losses and the estimator are then, but not of other pruners or for another base."""
-    alone = {"prune_guidance_weight": 1.0, "prune_guidance_only_ratio": 1.0, "prune_pruner_lr": 1e-3}
+    alone = {**GUIDED, "prune_guidance_only_ratio": 1.0, "prune_pruner_lr": 1e-3}
     logs = train(testbed, tmp_path / "alone", stage=3, steps=3, **alone)
     assert all({"loss", "loss/guidance"} == {name for name in entry if name.startswith("loss")} for entry in logs)
     start = {"prune_start": tmp_path / "alone", "processes": 1, "stage": None, "steps": 1}
@@ -283,7 +284,7 @@ def test_a_checkpoint_at_the_width_of_7b_takes_tens_of_megabytes(wide_base, yes_
     files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-1").rglob("*") if p.is_file()}
     print(files)
     assert 30e6 < sum(files.values()) < 100e6, files
-    assert (tmp_path / "pruners.safetensors").stat().st_size < 10e6
+    assert (tmp_path / "pruners.safetensors").stat().st_size < 12e6
 
 
 @pytest.fixture(scope="module")

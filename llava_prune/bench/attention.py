@@ -1,13 +1,12 @@
 """Attention with a soft mask that learns, beside flash attention without a mask: forward and backward, alone.
 
-Ways to give every key a bias with a gradient: those of `soft_attention` (FlexAttention where it runs, a channel more
-elsewhere), and a mask argument of `scaled_dot_product_attention`.
+Ways to give every key a bias with a gradient: a channel more (`soft_attention`, what training uses), a mask argument
+of `scaled_dot_product_attention`, and FlexAttention, which is compiled and is for GPUs alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..soft_attention import biased_attention, causal_blocks
+from ..soft_attention import biased_attention
 from .floors import time_ms
 
 BATCH = 16
-UNMASKED, MASKED = "no mask", "a mask argument"
-CHANNEL, FLEX = "a channel more", "FlexAttention"  # training uses the second where it runs
+UNMASKED, OURS, MASKED, FLEX = "no mask", "a channel more (ours)", "a mask argument", "FlexAttention"
 
 
 def attention_times(heads: int, width: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -39,10 +37,9 @@ def attention_times(heads: int, width: int, length: int, device: torch.device, d
     states = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for _ in range(3)]
     bias = (-8 * torch.rand(BATCH, length, generator=generator, device=device)).requires_grad_()
     weights = torch.randn(shape, generator=generator, device=device).to(dtype)
-    ways: dict[str, Callable[..., Tensor]] = {UNMASKED: _unmasked, MASKED: _masked, CHANNEL: biased_attention}
-    blocks = causal_blocks(length, width, device)
-    if blocks is not None:
-        ways[FLEX] = partial(biased_attention, blocks=blocks)
+    ways: dict[str, Callable[..., Tensor]] = {UNMASKED: _unmasked, OURS: biased_attention, MASKED: _masked}
+    if device.type == "cuda":
+        ways[FLEX] = _flex(length, device)
     times, slopes = {}, {}
     for name, way in ways.items():
         inputs = states if name == UNMASKED else [*states, bias]
@@ -53,10 +50,10 @@ def attention_times(heads: int, width: int, length: int, device: torch.device, d
         times[name] = median(time_ms(step, device))
         slopes[name] = step()[-1].float()
     for name in ways:
-        if name not in (UNMASKED, MASKED):
-            difference = (slopes[name] - slopes[MASKED]).norm() / slopes[MASKED].norm()
+        if name not in (UNMASKED, OURS):
+            difference = (slopes[name] - slopes[OURS]).norm() / slopes[OURS].norm()
             if not difference < (0.05 if dtype != torch.float32 else 1e-3):
-                raise RuntimeError(f"the bias's gradient by {name} differs from that of a mask by {difference:.1%}")
+                raise RuntimeError(f"the bias's gradient by {name} differs from ours by {difference:.1%}")
     return times
 
 
@@ -69,6 +66,21 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     mask = bias.to(query.dtype)[:, None, None].masked_fill(future, torch.finfo(query.dtype).min)
     return F.scaled_dot_product_attention(query, key, value, mask)
+
+
+def _flex(length: int, device: torch.device) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    causal = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score + bias[b, k]
+
+        return compiled(query, key, value, score_mod=biased, block_mask=causal)
+
+    return attention
 
 
 def print_attention(times: dict[str, float], heads: int, width: int, length: int, console: Any) -> None:

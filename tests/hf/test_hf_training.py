@@ -71,8 +71,6 @@ def run(bed, out, processes=2, stage=2, steps=4, data="yes.json", timeout=300, *
     settings = {
         "stack": "hf",
         "prune_config": "mosaic",
-        "prune_guidance_weight": 0.0,
-        "prune_guidance_only_ratio": 0.0,
         "model_name_or_path": bed / "hf",
         "data_path": bed / data,
         "image_folder": bed,

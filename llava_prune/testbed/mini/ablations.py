@@ -55,11 +55,11 @@ VARIANTS = {
     "no_gradient_penalty": _second(gradient_penalty=0.0),
     "spectral_norm": _second(spectral_norm=True),
     "no_noise": _second(noise_scale_start=0.0, noise_scale_end=0.0),
-    # the mask
-    "gumbel_soft": _second(estimator="gumbel_soft", selection="threshold"),
-    "gumbel_st": _second(estimator="gumbel_st", selection="threshold"),
-    "sigmoid_st": _second(estimator="sigmoid_st", selection="threshold"),
     "no_masked_end": _second(final_masked_ratio=0.0),
+    # how many tokens, learned by a threshold, which guidance alone knows nothing of
+    "gumbel_soft": _second(start=False, pruner_lr=1e-3, estimator="gumbel_soft", selection="threshold"),
+    "gumbel_st": _second(start=False, pruner_lr=1e-3, estimator="gumbel_st", selection="threshold"),
+    "sigmoid_st": _second(start=False, pruner_lr=1e-3, estimator="sigmoid_st", selection="threshold"),
     # what else is trained
     "lora": _second({"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4}),
     "merger": _second(start=False, pruner_lr=1e-3, enable_token_merger=True),
