@@ -19,6 +19,8 @@ line (a second 60 below the bar); right of the answers, 98.3 % with all tokens:
 | slopes, absolute values added up | 87 % | 77 % |
 | slopes, their sum's absolute value | 92 % | |
 | slopes above 0, added up | 97 % | 90 % |
+
+(Of 1,000 questions to another base, 96.7 % with all tokens, 93.9 % with the 46.)
 """
 
 from __future__ import annotations
