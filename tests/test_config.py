@@ -60,7 +60,7 @@ def test_yaml_and_json_round_trip(tmp_path):
     assert PruneConfig.load(file) == config == PruneConfig.from_dict(json.loads(config.dumps()))
 
 
-@pytest.mark.parametrize("name", ["default", "avg192", "avg128", "avg64"])
+@pytest.mark.parametrize("name", ["default", "avg192", "avg128", "avg64", "best"])
 def test_presets_reach_their_budget_on_llava_1_5(name):
     config = PruneConfig.load(name)
     config.check_layers(32)
