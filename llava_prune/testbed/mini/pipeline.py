@@ -123,8 +123,8 @@ class Mini:
         """Those that have not been run, after what they start from; equal ones are one."""
         starts = {training.start.folder: training.start for training in trainings if training.start is not None}
         jobs = {training.job.folder: training.job for training in trainings}
-        self._run("main trainings", list(starts.values()), self.plan.jobs)
-        self._run("other trainings", list(jobs.values()), self.plan.jobs)
+        self._run("trainings to start from", list(starts.values()), self.plan.jobs)
+        self._run("trainings", list(jobs.values()), self.plan.jobs)
 
     def comparison(self, name: str, questions: str, trainings: list[Training], **changes: Any) -> Comparison:
         """Planned; pruners that collapsed are left out."""
