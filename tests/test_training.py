@@ -266,7 +266,7 @@ def test_bad_data_and_settings_stop_before_the_model_is_loaded(testbed, tmp_path
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_checkpoint_at_the_width_of_7b_takes_tens_of_megabytes(wide_base, yes_no, tmp_path, stage):
+def test_a_checkpoint_at_the_width_of_7b_holds_no_frozen_weight(wide_base, yes_no, tmp_path, stage):
     """Pruners and discriminator of preset `default`, their optimizers' moments, and nothing of the frozen base."""
     flags = {
         "model_name_or_path": wide_base,
@@ -283,7 +283,7 @@ def test_a_checkpoint_at_the_width_of_7b_takes_tens_of_megabytes(wide_base, yes_
     train(yes_no, tmp_path, processes=1, stage=stage, steps=1, **flags)
     files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-1").rglob("*") if p.is_file()}
     print(files)
-    assert 30e6 < sum(files.values()) < 100e6, files
+    assert 30e6 < sum(files.values()) < 120e6, files  # one decoder layer alone takes 400e6
     assert (tmp_path / "pruners.safetensors").stat().st_size < 12e6
 
 
