@@ -19,7 +19,7 @@ from .patch import PruneHandle, attach_pruners, find_handle, require_handle, set
 
 WEIGHTS = "pruners.safetensors"
 CONFIG = "prune_config.json"
-FORMAT_VERSION = 2  # of 2, pruners know places and look at the picture
+FORMAT_VERSION = 3  # of 3, pruners know places and look at the picture
 # settings that say which weights there are, and of what shape
 SHAPING = (
     "pruning_layers",
@@ -129,6 +129,12 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         description["prune_config"], description["base_model"]  # noqa: B018 - both must be there
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again from where it was trained") from error
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} is of format {version}, this llava_prune reads format {FORMAT_VERSION}: use the version that "
+            "wrote it, or train again"
+        )
     return description
 
 

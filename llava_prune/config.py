@@ -103,11 +103,16 @@ class PruneConfig:
     guidance_weight: float = _field(
         0.0, "weight of the cross-entropy of keep logits to what the unpruned answer depends on, at the start"
     )
-    guidance_ratio: float = _field(0.5, "share of training over which guidance falls to nothing, by cosine")
+    guidance_weight_end: float = _field(0.0, "weight of guidance once it has fallen")
+    guidance_ratio: float = _field(0.5, "share of training over which guidance falls to its end, by cosine")
     guidance_only_ratio: float = _field(
         0.0,
         "first share of training by guidance alone, without masks; 1 trains pruners for prune_start",
     )
+    guidance_replays: int = _field(
+        0, "samples of earlier steps that a step of guidance alone learns from again, on each device"
+    )
+    guidance_memory: int = _field(512, "the last so many samples are remembered for guidance_replays, on each device")
     sparsity_weight: float = _field(1000.0, "weight of (kept fraction - target)^2, over the batch")
     budget_credit: str = _field(
         "all",
@@ -167,13 +172,18 @@ class PruneConfig:
                 f"init_keep_logit must lie between minus and plus logit_cap, {self.logit_cap:g}, got "
                 f"{self.init_keep_logit:g}"
             )
-        for name in ("gradient_penalty", "guidance_weight"):
+        for name in ("gradient_penalty", "guidance_weight", "guidance_weight_end", "guidance_replays"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.guidance_weight and self.enable_token_merger:
             raise ValueError(
                 "guidance_weight: the unpruned answer depends on tokens that the merger makes others of; set one of "
                 "guidance_weight and enable_token_merger"
+            )
+        if self.guidance_weight_end > self.guidance_weight:
+            raise ValueError(
+                f"guidance_weight_end {self.guidance_weight_end:g} must be at most guidance_weight, "
+                f"{self.guidance_weight:g}: guidance falls"
             )
         if self.guidance_only_ratio and (not self.guidance_weight or self.selection != "topk"):
             raise ValueError(
@@ -203,6 +213,7 @@ class PruneConfig:
             "merger_heads",
             "disc_dim",
             "min_keep",
+            "guidance_memory",
             "guard_patience",
         ):
             if getattr(self, name) < 1:

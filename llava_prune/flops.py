@@ -127,8 +127,8 @@ def pruner_flops(config: PruneConfig, shape: DecoderShape, vision: Tensor, text:
         n = vision[:, layer - 1]  # what enters the pruner is what the layer before had
         # compression, place, key and value; query, output, hidden, logits
         per_vision = d * r + PLACE_WIDTH * r + 2 * r * p + r * p + p * p + (r + p) * p + 2 * p
-        # compression, query, output and its way back; key and value
-        per_context = d * r + r * p + p * p + p * r + 2 * r * p
+        # compression, query and output of its look; key and value
+        per_context = d * r + r * p + p * r + 2 * r * p
         products = n * per_vision + context * per_context + 4 * n * context * p
         total += 2 * products
         if config.use_attn_residual:

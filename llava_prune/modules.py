@@ -27,19 +27,20 @@ class CrossAttention(nn.Module):
 
     Args:
         query_dim, context_dim: widths of the two inputs.
-        dim: inner width, divisible by `heads`; also the output's.
+        dim: inner width, divisible by `heads`.
+        output_dim: width of the output, `dim` unless given.
     """
 
-    def __init__(self, query_dim: int, context_dim: int, dim: int, heads: int):
+    def __init__(self, query_dim: int, context_dim: int, dim: int, heads: int, output_dim: int | None = None):
         super().__init__()
         self.heads = heads
         self.to_query = nn.Linear(query_dim, dim)
         self.to_key = nn.Linear(context_dim, dim)
         self.to_value = nn.Linear(context_dim, dim)
-        self.to_output = nn.Linear(dim, dim)
+        self.to_output = nn.Linear(dim, output_dim or dim)
 
     def forward(self, query: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:
-        """(B, N, query_dim), (B, S, context_dim), (B, S) bool, fp32 bias or None -> (B, N, dim)."""
+        """(B, N, query_dim), (B, S, context_dim), (B, S) bool, fp32 bias or None -> (B, N, output_dim)."""
 
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

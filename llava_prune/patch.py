@@ -23,7 +23,7 @@ from .forward import LayerForward
 from .merger import TokenMerger
 from .placeholders import Shrinking, shrinking_forward, shrinking_generate
 from .pruner import LayerPruner
-from .scoring import LayerView, PrunerScorer, Scorer
+from .scoring import LayerView, PrunerInputs, PrunerScorer, Scorer
 from .state import MODES, ForwardRecord, PruneState
 
 _HANDLE = "llava_prune_handle"
@@ -267,10 +267,10 @@ class PruneHandle:
                     "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
                 )
 
-    def logits(self, layer: int, hidden: Tensor, record: ForwardRecord) -> Tensor:
-        """(B, N, 2) keep logits of a pruner for (B, T, hidden_size) that enter its layer with every token."""
+    def pruner_inputs(self, layer: int, hidden: Tensor, record: ForwardRecord) -> PrunerInputs:
+        """What a pruner reads where (B, T, hidden_size) enter its layer with every token."""
         call = {**record.prefix, "hidden_states": hidden}
-        return self.scorers[layer](LayerView.of_all_rows(self.decoder.layers[layer], call, record)).logits
+        return self.scorers[layer].inputs(LayerView.of_all_rows(self.decoder.layers[layer], call, record))
 
     @torch.no_grad()
     def unpruned_features(self, record: ForwardRecord) -> dict[int, Tensor]:

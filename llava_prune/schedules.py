@@ -39,7 +39,7 @@ def schedule(config: PruneConfig, step: int, max_steps: int) -> ScheduleValues:
     progress = max(step - alone, 0) / max(max_steps - alone, 1)
     done = min(progress / config.temperature_anneal_ratio, 1.0) if config.temperature_anneal_ratio > 0 else 1.0
     ratio = config.loss_weight_warmup_ratio
-    guidance = cosine(config.guidance_weight, 0.0, progress, config.guidance_ratio)
+    guidance = cosine(config.guidance_weight, config.guidance_weight_end, progress, config.guidance_ratio)
     return ScheduleValues(
         guidance_only=step < alone,
         temperature=config.temperature_start * (config.temperature_end / config.temperature_start) ** done,

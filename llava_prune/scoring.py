@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,17 @@ class Scores:
 Scorer = Callable[[LayerView], Scores]
 
 
+class PrunerInputs(NamedTuple):
+    """Arguments of `LayerPruner.forward`, which see for their shapes."""
+
+    vision: Tensor
+    places: Tensor
+    visible: Tensor
+    question: Tensor
+    question_mask: Tensor
+    attn_residual: Tensor | None
+
+
 class PrunerScorer:
     """A trained `LayerPruner` as a scorer."""
 
@@ -141,13 +152,17 @@ class PrunerScorer:
         self.pruner = pruner
 
     def __call__(self, view: LayerView) -> Scores:
+        logits = self.pruner(*self.inputs(view))
+        return Scores(keep_probability(logits), logits)
+
+    def inputs(self, view: LayerView) -> PrunerInputs:
+        """What the pruner reads of a view."""
         residual = None
         if self.pruner.use_attn_residual:
             attention = view.attention(view.question_index, view.question_valid)
             residual = _relative(attention, view.alive, view.layout.vision_counts)
         vision = (view.vision, view.places, view.visible)
-        logits = self.pruner(*vision, view.question, view.question_valid, residual)
-        return Scores(keep_probability(logits), logits)
+        return PrunerInputs(*vision, view.question, view.question_valid, residual)
 
 
 def _relative(attention: Tensor, alive: Tensor, counts: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from .layout import gather_rows, padded_index
 from .losses import guidance_loss, kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
 from .patch import attach_pruners, prune_mode
+from .replay import Lesson, Replay
 from .sampling import SeededSampler
 from .schedules import ScheduleValues, schedule
 from .soft_attention import check_compilable
@@ -84,6 +85,9 @@ class PruneTrainerMixin:
                 self.prune_handle.hidden_size, len(state.feature_layers), self.prune, args.device
             )
         self._features: tuple[list[Tensor], list[Tensor], Tensor, Tensor] | None = None
+        self._replay = (
+            Replay(self.prune.guidance_memory, self.prune.guidance_replays) if self.prune.guidance_replays else None
+        )
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self._adapt_engine_once_made()
 
@@ -124,8 +128,10 @@ class PruneTrainerMixin:
         with prune_mode(self.model, "masked" if values.masked else "soft"):
             loss = super().training_step(model, inputs, *args, **kwargs)
         state.loss_only = state.guided = state.prefix_only = False
-        if self.adversary is not None and not values.guidance_only:
-            self._train_adversary()
+        if not values.guidance_only:
+            self._replay = None  # gigabytes
+            if self.adversary is not None:
+                self._train_adversary()
         state.record, state.target_ease = None, 1.0
         return loss
 
@@ -145,7 +151,8 @@ class PruneTrainerMixin:
         if state.feature_layers or state.guided:
             real, real_index, shares = self._unpruned(record, inputs)
             if state.guided:
-                terms["guidance"] = self._guidance(record, record.logits, shares)
+                valid = record.layout.vision_valid
+                terms["guidance"] = _mean_guidance(record.logits, {k: (share, valid) for k, share in shares.items()})
             if state.feature_layers:
                 terms["adversarial"] = self._alignment(record, real, real_index, outputs)
         weights = {
@@ -176,19 +183,19 @@ class PruneTrainerMixin:
         unpruned = guided_pass(handle.decoder, head, record, layers, state.feature_layers, compiled)
         return unpruned.features, index, unpruned.shares
 
-    def _guidance(self, record: ForwardRecord, logits: dict[int, Tensor], shares: dict[int, Tensor]) -> Tensor:
-        """The term that has every pruner rank the tokens as the unpruned answer depends on them, mean over pruners."""
-        layout = record.layout
-        weights = (layout.vision_counts > 0).float()
-        terms = [guidance_loss(logits[layer], share, layout.vision_valid, weights) for layer, share in shares.items()]
-        return torch.stack(terms).mean()
-
     def _guidance_alone(self, record: ForwardRecord) -> Tensor:
-        """Guidance of every pruner on the unpruned pass, by what enters its layer there."""
+        """Guidance of every pruner on the unpruned pass, by what enters its layer there, and on earlier passes."""
         handle, head = self.prune_handle, self.model.get_output_embeddings()
         unpruned = guided_pass(handle.decoder, head, record, self.prune.pruning_layers, (), self.prune.compile_layers)
-        logits = {layer: handle.logits(layer, hidden, record) for layer, hidden in unpruned.entering.items()}
-        term = self._guidance(record, logits, unpruned.shares)
+        valid = record.layout.vision_valid
+        lessons = {
+            layer: Lesson(handle.pruner_inputs(layer, hidden, record), unpruned.shares[layer], valid)
+            for layer, hidden in unpruned.entering.items()
+        }
+        if self._replay is not None:
+            lessons = self._replay.joined(lessons)
+        logits = {layer: handle.scorers[layer].pruner(*lesson.inputs) for layer, lesson in lessons.items()}
+        term = _mean_guidance(logits, {layer: lesson[1:] for layer, lesson in lessons.items()})
         self._note({"loss/guidance": term, "prune/with_image": (record.layout.vision_counts > 0).any()})
         return term
 
@@ -382,6 +389,20 @@ class PruneTrainerMixin:
         if self.prune.train_base or self.lora:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
+
+
+def _mean_guidance(logits: dict[int, Tensor], targets: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """The term that has every pruner rank the tokens as the unpruned answer depends on them, mean over pruners.
+
+    Args:
+        logits: pruning layer -> (B, N, 2).
+        targets: pruning layer -> share and valid, both (B, N).
+    """
+    terms = []
+    for layer, (share, valid) in targets.items():
+        weights = valid.any(-1).float()  # text alone teaches nothing
+        terms.append(guidance_loss(logits[layer], share, valid, weights))
+    return torch.stack(terms).mean()
 
 
 def _ratios_of_images(metrics: dict[str, float]) -> dict[str, float]:

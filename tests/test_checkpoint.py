@@ -89,6 +89,14 @@ def test_missing_and_damaged_files(saved, llava, tmp_path):
     assert find_handle(llava) is None
 
 
+def test_another_format_is_refused_by_its_number(saved, llava):
+    description = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**description, "format_version": 1}))
+    with pytest.raises(ValueError, match="is of format 1, this llava_prune reads format 3"):
+        load_pruners(llava, saved)
+    assert find_handle(llava) is None
+
+
 def test_a_weight_that_does_not_fit_is_never_dropped(saved, llava):
     from safetensors.torch import load_file, save_file
 

@@ -123,6 +123,10 @@ def test_schedules():
     assert start.guidance_weight == 0
     guided = PruneConfig(target_token_num=200, guidance_weight=4.0, guidance_ratio=0.5)
     assert [schedule(guided, step, 100).guidance_weight for step in (0, 25, 50, 99)] == pytest.approx([4, 2, 0, 0])
+    kept = dataclasses.replace(guided, guidance_weight_end=2.0)
+    assert [schedule(kept, step, 100).guidance_weight for step in (0, 25, 50, 99)] == pytest.approx([4, 3, 2, 2])
+    with pytest.raises(ValueError, match="guidance_weight_end 5 must be at most guidance_weight, 4"):
+        dataclasses.replace(guided, guidance_weight_end=5)
     alone = {"guidance_weight": 4.0, "guidance_ratio": 0.0, "guidance_only_ratio": 0.5, "selection": "topk"}
     begun = PruneConfig(target_token_num=200, **alone)
     values = [schedule(begun, step, 100) for step in (0, 49, 50, 89, 90)]

@@ -117,7 +117,7 @@ def test_a_pass_that_ends_before_the_first_pruner_serves_guidance_as_a_whole_one
     for layer in LAYERS:
         torch.testing.assert_close(found.shares[layer], expected.shares[layer])
         valid = whole.layout.vision_valid
-        logits = handle.logits(layer, found.entering[layer], short)
+        logits = handle.scorers[layer].pruner(*handle.pruner_inputs(layer, found.entering[layer], short))
         torch.testing.assert_close(logits[valid], whole.logits[layer][valid], atol=1e-4, rtol=1e-4)
         assert logits.requires_grad
 

@@ -202,7 +202,7 @@ def test_other_alignments_train(testbed, tmp_path, alignment):
 
 def test_pruners_of_guidance_alone_are_a_start_for_others(testbed, tmp_path):
     """Whatever the budget, the losses and the estimator are then, but not of other pruners or for another base."""
-    alone = {**GUIDED, "prune_guidance_only_ratio": 1.0, "prune_pruner_lr": 1e-3}
+    alone = {**GUIDED, "prune_guidance_only_ratio": 1.0, "prune_guidance_replays": 5, "prune_pruner_lr": 1e-3}
     logs = train(testbed, tmp_path / "alone", stage=3, steps=3, **alone)
     assert all({"loss", "loss/guidance"} == {name for name in entry if name.startswith("loss")} for entry in logs)
     start = {"prune_start": tmp_path / "alone", "processes": 1, "stage": None, "steps": 1}
@@ -266,7 +266,7 @@ def test_bad_data_and_settings_stop_before_the_model_is_loaded(testbed, tmp_path
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_checkpoint_at_the_width_of_7b_holds_no_frozen_weight(wide_base, yes_no, tmp_path, stage):
+def test_a_checkpoint_at_the_width_of_7b_takes_tens_of_megabytes(wide_base, yes_no, tmp_path, stage):
     """Pruners and discriminator of preset `default`, their optimizers' moments, and nothing of the frozen base."""
     flags = {
         "model_name_or_path": wide_base,
@@ -283,8 +283,8 @@ def test_a_checkpoint_at_the_width_of_7b_holds_no_frozen_weight(wide_base, yes_n
     train(yes_no, tmp_path, processes=1, stage=stage, steps=1, **flags)
     files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-1").rglob("*") if p.is_file()}
     print(files)
-    assert 30e6 < sum(files.values()) < 120e6, files  # one decoder layer alone takes 400e6
-    assert (tmp_path / "pruners.safetensors").stat().st_size < 12e6
+    assert 30e6 < sum(files.values()) < 100e6, files  # one decoder layer alone takes 400e6
+    assert (tmp_path / "pruners.safetensors").stat().st_size < 10e6
 
 
 @pytest.fixture(scope="module")

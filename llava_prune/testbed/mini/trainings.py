@@ -35,8 +35,8 @@ class TrainingSettings:
 
     steps: int = 400
     batch_size: int = 16
-    guided_steps: int = 500
-    guided_batch_size: int = 64
+    guided_steps: int = 3000
+    guided_batch_size: int = 8
     workers: int = 4
     bf16: bool = True
     compile: bool = True
