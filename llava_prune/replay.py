@@ -67,9 +67,14 @@ def _batch(rows: list[Lesson]) -> Lesson:
 
     def padded(parts: list[Tensor], value: float = 0) -> Tensor:
         longest = max(len(part) for part in parts)
-        # padded alone, since most need none and one stack is one kernel, where pad_sequence is one a sample
+        # what needs no filler is stacked as it is, in one kernel, where pad_sequence takes one a sample
         return torch.stack(
-            [F.pad(part, (0, 0) * (part.dim() - 1) + (0, longest - len(part)), value=value) for part in parts]
+            [
+                part
+                if len(part) == longest
+                else F.pad(part, (0, 0) * (part.dim() - 1) + (0, longest - len(part)), value=value)
+                for part in parts
+            ]
         )
 
     columns = PrunerInputs(*zip(*(row.inputs for row in rows), strict=True))
