@@ -127,7 +127,9 @@ class PruneConfig:
     pruner_weight_decay: float = _field(0.0, "weight decay of pruners and merger")
     disc_lr: float = _field(1e-4, "learning rate of the discriminator")
     train_base: bool = _field(False, "train the language model and projector too (LoRA trains its own either way)")
-    compile_layers: bool = _field(False, "compile the decoder layers for training; plain ones, not under ZeRO-3")
+    compile_layers: bool = _field(
+        False, "compile decoder layers, and pruners under guidance alone, for training; not under ZeRO-3"
+    )
     guard_patience: int = _field(10, "logs in a row that must lie outside a guard's band before training stops")
     guard_task_loss: float = _field(4.0, "stop when the task loss stays this far above where it started")
     guard_keep_ratio: float = _field(0.1, "stop when average tokens above the floor stay below this share of target's")

@@ -1,6 +1,8 @@
 """`LayerPruner`: which vision tokens does this question still need, from this layer on?"""
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,20 @@ class LayerPruner(nn.Module):
         # a mask that is sure has no gradient left: where all of a layer are, its pruner learns no more
         margin = self.logit_cap * torch.tanh(margin / self.logit_cap)
         return torch.stack([-margin / 2, margin / 2], -1)
+
+
+def logits_of(pruner: nn.Module, inputs: tuple[Tensor | None, ...], compiled: bool = False) -> Tensor:
+    """(B, N, 2), what `pruner(*inputs)` says; compiled as a whole, one program for all pruners, if asked for."""
+    return (_compiled() if compiled else _logits)(pruner, *inputs)
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_logits)
+
+
+def _logits(pruner: nn.Module, *inputs: Tensor | None) -> Tensor:
+    return pruner(*inputs)
 
 
 def waves(places: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ times what the pruners themselves do (experience replay: Lin 1992, Machine Learn
 
 from __future__ import annotations
 
-from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .scoring import UNSEEN, PrunerInputs
+
+FILLER = {"visible": UNSEEN}  # of a sample with fewer tokens than another; 0 of everything else
 
 
 class Lesson(NamedTuple):
@@ -33,57 +34,43 @@ class Lesson(NamedTuple):
 class Replay:
     """The last `capacity` samples, on the device; drawn with torch's CPU generator.
 
+    All of its memory is taken at the first step, and more only when a sample has more tokens than any before.
+
     Args:
         capacity: samples remembered.
         count: samples drawn at each step.
     """
 
     def __init__(self, capacity: int, count: int):
-        self.count = count
-        self._samples: deque[dict[int, Lesson]] = deque(maxlen=capacity)
+        self.capacity, self.count = capacity, count
+        self._seen = 0
+        self._memory: dict[int, dict[str, Tensor]] = {}
 
     def joined(self, lessons: dict[int, Lesson]) -> dict[int, Lesson]:
         """A batch of every pruning layer, and `count` earlier samples with it; nothing earlier at the first step."""
-        new = _samples(lessons)
-        chosen = []
-        if self._samples:
-            chosen = [self._samples[i] for i in torch.randint(len(self._samples), (self.count,)).tolist()]
-        self._samples.extend(new)
-        return {layer: _batch([sample[layer] for sample in new + chosen]) for layer in lessons}
+        size, device = next(iter(lessons.values())).share.shape[0], next(iter(lessons.values())).share.device
+        known = min(self._seen, self.capacity)
+        drawn = torch.randint(known, (self.count,)).to(device) if known else None
+        places = torch.arange(self._seen, self._seen + size, device=device)[-self.capacity :] % self.capacity
+        self._seen += size
+        return {layer: self._with_earlier(layer, lesson, drawn, places) for layer, lesson in lessons.items()}
+
+    def _with_earlier(self, layer: int, lesson: Lesson, drawn: Tensor | None, places: Tensor) -> Lesson:
+        joined, memory = {}, self._memory.setdefault(layer, {})
+        for name, part in {**lesson.inputs._asdict(), "share": lesson.share, "valid": lesson.valid}.items():
+            if part is None:
+                joined[name] = None
+                continue
+            if name not in memory:
+                memory[name] = part.new_empty(self.capacity, *part.shape[1:])
+            length = max(part.shape[1], memory[name].shape[1])
+            part, memory[name] = (_padded(rows, length, FILLER.get(name, 0)) for rows in (part, memory[name]))
+            joined[name] = part if drawn is None else torch.cat([part, memory[name][drawn]])
+            memory[name][places] = part[-self.capacity :]
+        return Lesson(share=joined.pop("share"), valid=joined.pop("valid"), inputs=PrunerInputs(**joined))
 
 
-def _samples(lessons: dict[int, Lesson]) -> list[dict[int, Lesson]]:
-    size = len(next(iter(lessons.values())).share)
-
-    def row(lesson: Lesson, i: int) -> Lesson:
-        inputs = PrunerInputs(*(None if part is None else part[i] for part in lesson.inputs))
-        return Lesson(inputs, lesson.share[i], lesson.valid[i])
-
-    return [{layer: row(lesson, i) for layer, lesson in lessons.items()} for i in range(size)]
-
-
-def _batch(rows: list[Lesson]) -> Lesson:
-    """One batch of samples whose tokens may differ in number; filler is not visible."""
-
-    def padded(parts: list[Tensor], value: float = 0) -> Tensor:
-        longest = max(len(part) for part in parts)
-        # what needs no filler is stacked as it is, in one kernel, where pad_sequence takes one a sample
-        return torch.stack(
-            [
-                part
-                if len(part) == longest
-                else F.pad(part, (0, 0) * (part.dim() - 1) + (0, longest - len(part)), value=value)
-                for part in parts
-            ]
-        )
-
-    columns = PrunerInputs(*zip(*(row.inputs for row in rows), strict=True))
-    inputs = PrunerInputs(
-        padded(columns.vision),
-        padded(columns.places),
-        padded(columns.visible, UNSEEN),
-        padded(columns.question),
-        padded(columns.question_mask),
-        None if columns.attn_residual[0] is None else padded(columns.attn_residual),
-    )
-    return Lesson(inputs, padded([row.share for row in rows]), padded([row.valid for row in rows]))
+def _padded(rows: Tensor, length: int, value: float) -> Tensor:
+    """(B, length, ...) of (B, n, ...)."""
+    missing = length - rows.shape[1]
+    return F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, missing), value=value) if missing else rows

@@ -26,6 +26,7 @@ from .layout import gather_rows, padded_index
 from .losses import guidance_loss, kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
 from .patch import attach_pruners, prune_mode
+from .pruner import logits_of
 from .replay import Lesson, Replay
 from .sampling import SeededSampler
 from .schedules import ScheduleValues, schedule
@@ -194,7 +195,10 @@ class PruneTrainerMixin:
         }
         if self._replay is not None:
             lessons = self._replay.joined(lessons)
-        logits = {layer: handle.scorers[layer].pruner(*lesson.inputs) for layer, lesson in lessons.items()}
+        logits = {
+            layer: logits_of(handle.scorers[layer].pruner, lesson.inputs, self.prune.compile_layers)
+            for layer, lesson in lessons.items()
+        }
         term = _mean_guidance(logits, {layer: lesson[1:] for layer, lesson in lessons.items()})
         self._note({"loss/guidance": term, "prune/with_image": (record.layout.vision_counts > 0).any()})
         return term

@@ -5,7 +5,7 @@ import torch
 
 from llava_prune import PruneConfig
 from llava_prune.layout import TokenLayout
-from llava_prune.pruner import LayerPruner
+from llava_prune.pruner import LayerPruner, logits_of
 from llava_prune.scoring import UNSEEN
 
 SIZES = {"pruner_rank": 8, "pruner_dim": 16, "pruner_heads": 2}
@@ -86,3 +86,23 @@ def test_no_logit_settles():
     with torch.no_grad():
         pruner.joint_logits.weight.mul_(1000)
     assert margin(3.0).abs().max() <= 3.0 and margin().std() > 1
+
+
+def test_a_compiled_pruner_is_the_pruner():
+    """Of any batch and question, in one compilation more than the first; for all pruners alike."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pruners = [pruner_of(), pruner_of()]
+    with torch.no_grad():
+        for parameter in pruners[1].parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for batch, question in ((2, 4), (5, 6), (3, 7)):
+        inputs = (*inputs_of(batch, question=question), None)
+        for pruner in pruners:
+            results = []
+            for compiled in (False, True):
+                logits = logits_of(pruner, inputs, compiled)
+                results.append((logits, *torch.autograd.grad(logits.square().sum(), pruner.looking.parameters())))
+            for one, other in zip(*results, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -46,9 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--jobs", type=int, default=4, help="trainings and comparisons side by side, GPUs in turns")
 
     base, defaults = parser.add_argument_group("the base"), BaseTraining()
-    base.add_argument("--projector_minutes", type=float, default=defaults.projector_minutes, help="of stage 1")
-    base.add_argument("--minutes", type=float, default=defaults.minutes, help="of stage 2")
-    base.add_argument("--base_steps", type=int, help="of each stage, instead of minutes")
+    base.add_argument("--projector_steps", type=int, default=defaults.projector_steps, help="of stage 1")
+    base.add_argument("--base_steps", type=int, default=defaults.steps, help="of stage 2")
     base.add_argument("--base_batch_size", type=int, default=defaults.batch_size, help="pictures a step")
     base.add_argument("--projector_lr", type=float, default=defaults.projector_lr)
     base.add_argument("--lr", type=float, default=defaults.lr)
@@ -80,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     size = TINY if args.tiny else REAL
     try:
         base = BaseTraining(
-            projector_minutes=args.projector_minutes,
-            minutes=args.minutes,
+            projector_steps=args.projector_steps,
             steps=args.base_steps,
             batch_size=args.base_batch_size,
             projector_lr=args.projector_lr,

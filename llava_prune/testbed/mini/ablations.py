@@ -38,10 +38,11 @@ VARIANTS = {
     "layers_6_12_18": Variant({"pruning_layers": [6, 12, 18], "layer_shares": [1.5, 1, 0.5]}),
     "layers_1_13_25": Variant({"pruning_layers": [1, 13, 25], "layer_shares": [1.5, 1, 0.5]}),
     "layers_2_8_16": Variant({"pruning_layers": [2, 8, 16], "layer_shares": [1.5, 1, 0.5]}),
+    "layers_1_8_16_24": Variant({"pruning_layers": [1, 8, 16, 24], "layer_shares": [1.5, 1, 0.5, 0.25]}),
     "equal_shares": Variant({"layer_shares": [1, 1, 1, 1]}),
     # a second training; those below differ from it in one thing
     "gan": _second(),
-    "gan_faster": _second(pruner_lr=3e-4),
+    "gan_slower": _second(pruner_lr=1e-5),
     "no_start": _second(start=False, pruner_lr=1e-3),
     "guidance_kept": _second(guidance_weight=1000.0, guidance_ratio=1.0),
     # alignment

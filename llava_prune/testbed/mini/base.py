@@ -39,8 +39,7 @@ class BaseTraining:
     """How the base is trained.
 
     Attributes:
-        projector_minutes, minutes: wall clock of the two stages; the learning rate reaches 0 then.
-        steps: of each stage, instead of minutes.
+        projector_steps, steps: optimizer steps of the two stages; about 5 minutes of an H100.
         batch_size: pictures a step.
         projector_lr, lr: peak learning rates of the two stages; in the second, the projector's is `lr` too.
         tune_tower: train the vision tower in the second stage.
@@ -51,9 +50,8 @@ class BaseTraining:
         report_seconds: between two reports.
     """
 
-    projector_minutes: float = 0.5
-    minutes: float = 3.0
-    steps: int | None = None
+    projector_steps: int = 350
+    steps: int = 3000
     batch_size: int = 32
     projector_lr: float = 2e-3
     lr: float = 5e-4
@@ -158,7 +156,7 @@ class _Run:
         settings = self.settings
         optimizer = self._optimizer(stage)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        minutes = settings.projector_minutes if stage == "projector" else settings.minutes
+        steps = settings.projector_steps if stage == "projector" else settings.steps
         batches = self._loader(stream)
         first = next(batches).to(self.device)
         if stage == "projector":
@@ -171,18 +169,17 @@ class _Run:
         step, before, loss = 0, 0, None
         while True:
             now = time.monotonic()
-            progress = step / settings.steps if settings.steps else (now - began) / (60 * minutes)
-            if now - reported >= settings.report_seconds or progress >= 1:
+            if now - reported >= settings.report_seconds or step == steps:
                 rate = (step - before) / (now - reported)
                 self.report(stage, step, now - began, loss, rate, checks)
                 reported, before = time.monotonic(), step
-            if progress >= 1:
+            if step == steps:
                 return
             loss = self._loss(next(batches).to(self.device))
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(progress)
+                group["lr"] = group["peak"] * learning_rate(step / steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
