@@ -22,8 +22,8 @@ from .config import PruneConfig
 from .forward import LayerForward
 from .merger import TokenMerger
 from .placeholders import Shrinking, shrinking_forward, shrinking_generate
-from .pruner import LayerPruner
-from .scoring import LayerView, PrunerInputs, PrunerScorer, Scorer
+from .pruner import LayerPruner, PrunerInputs
+from .scoring import LayerView, PrunerScorer, Scorer
 from .state import MODES, ForwardRecord, PruneState
 
 _HANDLE = "llava_prune_handle"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .config import PruneConfig
 from .modules import CrossAttention, init_weights
 
+QUESTION_MULTIPLE = 64  # tokens that a compiled pruner's question is padded to: few lengths, few programs
 PLACE_OCTAVES = 5
 PLACE_WIDTH = 4 * PLACE_OCTAVES
 
@@ -102,14 +104,30 @@ class LayerPruner(nn.Module):
         return torch.stack([-margin / 2, margin / 2], -1)
 
 
-def logits_of(pruner: nn.Module, inputs: tuple[Tensor | None, ...], compiled: bool = False) -> Tensor:
+class PrunerInputs(NamedTuple):
+    """Arguments of `LayerPruner.forward`, which see for their shapes."""
+
+    vision: Tensor
+    places: Tensor
+    visible: Tensor
+    question: Tensor
+    question_mask: Tensor
+    attn_residual: Tensor | None
+
+
+def logits_of(pruner: nn.Module, inputs: PrunerInputs, compiled: bool = False) -> Tensor:
     """(B, N, 2), what `pruner(*inputs)` says; compiled as a whole, one program for all pruners, if asked for."""
-    return (_compiled() if compiled else _logits)(pruner, *inputs)
+    if not compiled:
+        return _logits(pruner, *inputs)
+    filler = (0, -inputs.question.shape[1] % QUESTION_MULTIPLE)
+    question, mask = F.pad(inputs.question, (0, 0, *filler)), F.pad(inputs.question_mask, filler)
+    return _compiled()(pruner, *inputs._replace(question=question, question_mask=mask))
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_logits)
+    # a program for any shape failed to compile now and then (torch 2.11); of a few fixed shapes none did
+    return torch.compile(_logits, dynamic=False)
 
 
 def _logits(pruner: nn.Module, *inputs: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scoring import UNSEEN, PrunerInputs
+from .pruner import PrunerInputs
+from .scoring import UNSEEN
 
 FILLER = {"visible": UNSEEN}  # of a sample with fewer tokens than another; 0 of everything else
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .attention_rows import attention_of_rows
 from .drop import Rows
 from .layout import TokenLayout, gather_rows
 from .masks import keep_probability
+from .pruner import PrunerInputs
 from .state import ForwardRecord
 
 UNSEEN = -1e4  # a bias that leaves nothing, and still a number where all have it
@@ -132,17 +133,6 @@ class Scores:
 
 
 Scorer = Callable[[LayerView], Scores]
-
-
-class PrunerInputs(NamedTuple):
-    """Arguments of `LayerPruner.forward`, which see for their shapes."""
-
-    vision: Tensor
-    places: Tensor
-    visible: Tensor
-    question: Tensor
-    question_mask: Tensor
-    attn_residual: Tensor | None
 
 
 class PrunerScorer:

@@ -5,9 +5,8 @@ import torch
 
 from llava_prune import PruneConfig
 from llava_prune.losses import guidance_loss
-from llava_prune.pruner import LayerPruner
+from llava_prune.pruner import LayerPruner, PrunerInputs
 from llava_prune.replay import Lesson, Replay
-from llava_prune.scoring import PrunerInputs
 
 SIZES = {"pruner_rank": 8, "pruner_dim": 16, "pruner_heads": 2}
 

@@ -38,7 +38,7 @@ VARIANTS = {
     "layers_6_12_18": Variant({"pruning_layers": [6, 12, 18], "layer_shares": [1.5, 1, 0.5]}),
     "layers_1_13_25": Variant({"pruning_layers": [1, 13, 25], "layer_shares": [1.5, 1, 0.5]}),
     "layers_2_8_16": Variant({"pruning_layers": [2, 8, 16], "layer_shares": [1.5, 1, 0.5]}),
-    "layers_1_8_16_24": Variant({"pruning_layers": [1, 8, 16, 24], "layer_shares": [1.5, 1, 0.5, 0.25]}),
+    "layers_1_2_12_20": Variant({"pruning_layers": [1, 2, 12, 20], "layer_shares": [3, 1, 0.5, 0.2]}),
     "equal_shares": Variant({"layer_shares": [1, 1, 1, 1]}),
     # a second training; those below differ from it in one thing
     "gan": _second(),

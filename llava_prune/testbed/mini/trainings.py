@@ -35,7 +35,7 @@ class TrainingSettings:
 
     steps: int = 400
     batch_size: int = 16
-    guided_steps: int = 2400
+    guided_steps: int = 1600
     guided_batch_size: int = 8
     workers: int = 4
     bf16: bool = True
