@@ -26,7 +26,7 @@ line (a second 60 below the bar); right of the answers, 98.3 % with all tokens:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,14 @@ from torch.utils.checkpoint import checkpoint
 
 from . import compat
 from .layout import IGNORE_INDEX, gather_rows, padded_index
+from .losses import guidance_loss
+from .pruner import logits_of
+from .replay import Lesson
 from .soft_attention import HIDDEN, biased_layer
 from .state import ForwardRecord
+
+if TYPE_CHECKING:
+    from .patch import PruneHandle
 
 
 class GuidedPass(NamedTuple):
@@ -95,6 +101,37 @@ def guided_pass(
         share = paid[layer - pruning_layers[0]].gather(1, layout.vision_index) * layout.vision_valid
         shares[layer] = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
     return GuidedPass(features, entering, shares)
+
+
+def lessons_of(handle: PruneHandle, head: nn.Module, record: ForwardRecord) -> dict[int, Lesson]:
+    """What every pruner is shown by the unpruned pass, and what is right; arguments as `guided_pass`."""
+    layers, compiled = handle.config.pruning_layers, handle.config.compile_layers
+    unpruned = guided_pass(handle.decoder, head, record, layers, (), compiled)
+    valid = record.layout.vision_valid
+    return {
+        layer: Lesson(handle.pruner_inputs(layer, hidden, record), unpruned.shares[layer], valid)
+        for layer, hidden in unpruned.entering.items()
+    }
+
+
+def guidance_of(pruners: dict[int, nn.Module], lessons: dict[int, Lesson], compiled: bool = False) -> Tensor:
+    """The term that has every pruner learn its lesson, mean over pruners."""
+    logits = {layer: logits_of(pruner, lessons[layer].inputs, compiled) for layer, pruner in pruners.items()}
+    return mean_guidance(logits, {layer: (lessons[layer].share, lessons[layer].valid) for layer in pruners})
+
+
+def mean_guidance(logits: dict[int, Tensor], targets: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """The term that has every pruner rank the tokens as the unpruned answer depends on them, mean over pruners.
+
+    Args:
+        logits: pruning layer -> (B, N, 2).
+        targets: pruning layer -> share and valid, both (B, N).
+    """
+    terms = []
+    for layer, (share, valid) in targets.items():
+        weights = valid.any(-1).float()  # text alone teaches nothing
+        terms.append(guidance_loss(logits[layer], share, valid, weights))
+    return torch.stack(terms).mean()
 
 
 def _run(decoder: nn.Module, layer: nn.Module, *inputs: Any) -> Tensor:

@@ -36,42 +36,74 @@ class Replay:
     """The last `capacity` samples, on the device; drawn with torch's CPU generator.
 
     All of its memory is taken at the first step, and more only when a sample has more tokens than any before.
-
-    Args:
-        capacity: samples remembered.
-        count: samples drawn at each step.
     """
 
-    def __init__(self, capacity: int, count: int):
-        self.capacity, self.count = capacity, count
+    def __init__(self, capacity: int):
+        self.capacity = capacity
         self._seen = 0
-        self._memory: dict[int, dict[str, Tensor]] = {}
+        self._memory: dict[int, dict[str, Tensor | None]] = {}
 
-    def joined(self, lessons: dict[int, Lesson]) -> dict[int, Lesson]:
-        """A batch of every pruning layer, and `count` earlier samples with it; nothing earlier at the first step."""
+    def __len__(self) -> int:
+        return min(self._seen, self.capacity)
+
+    def remember(self, lessons: dict[int, Lesson]) -> None:
+        """Takes a batch of every pruning layer in, the same samples in each."""
         size, device = next(iter(lessons.values())).share.shape[0], next(iter(lessons.values())).share.device
-        known = min(self._seen, self.capacity)
-        drawn = torch.randint(known, (self.count,)).to(device) if known else None
         places = torch.arange(self._seen, self._seen + size, device=device)[-self.capacity :] % self.capacity
         self._seen += size
-        return {layer: self._with_earlier(layer, lesson, drawn, places) for layer, lesson in lessons.items()}
+        for layer, lesson in lessons.items():
+            memory = self._memory.setdefault(layer, {})
+            for name, part in _parts(lesson).items():
+                if part is None:
+                    memory[name] = None
+                    continue
+                if name not in memory:
+                    memory[name] = part.new_empty(self.capacity, *part.shape[1:])
+                memory[name], part = _equally_long(memory[name], part, name)
+                memory[name][places] = part[-self.capacity :]
 
-    def _with_earlier(self, layer: int, lesson: Lesson, drawn: Tensor | None, places: Tensor) -> Lesson:
-        joined, memory = {}, self._memory.setdefault(layer, {})
-        for name, part in {**lesson.inputs._asdict(), "share": lesson.share, "valid": lesson.valid}.items():
-            if part is None:
-                joined[name] = None
-                continue
-            if name not in memory:
-                memory[name] = part.new_empty(self.capacity, *part.shape[1:])
-            length = max(part.shape[1], memory[name].shape[1])
-            part, memory[name] = (_padded(rows, length, FILLER.get(name, 0)) for rows in (part, memory[name]))
-            joined[name] = part if drawn is None else torch.cat([part, memory[name][drawn]])
-            memory[name][places] = part[-self.capacity :]
-        return Lesson(share=joined.pop("share"), valid=joined.pop("valid"), inputs=PrunerInputs(**joined))
+    def drawn(self, count: int) -> dict[int, Lesson]:
+        """`count` samples of what is remembered, some perhaps more than once; a ValueError if there are none."""
+        if not len(self):
+            raise ValueError("nothing is remembered yet: call remember first")
+        chosen = torch.randint(len(self), (count,))
+
+        def of(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[chosen.to(part.device)]
+
+        return {
+            layer: _lesson({name: of(part) for name, part in parts.items()}) for layer, parts in self._memory.items()
+        }
+
+
+def joined(lessons: dict[int, Lesson], others: dict[int, Lesson]) -> dict[int, Lesson]:
+    """One batch of two, for every pruning layer of the first."""
+    return {layer: _joined(_parts(lesson), _parts(others[layer])) for layer, lesson in lessons.items()}
+
+
+def _joined(parts: dict[str, Tensor | None], others: dict[str, Tensor | None]) -> Lesson:
+    return _lesson(
+        {
+            name: None if part is None else torch.cat(_equally_long(part, others[name], name))
+            for name, part in parts.items()
+        }
+    )
+
+
+def _parts(lesson: Lesson) -> dict[str, Tensor | None]:
+    return {**lesson.inputs._asdict(), "share": lesson.share, "valid": lesson.valid}
+
+
+def _lesson(parts: dict[str, Tensor | None]) -> Lesson:
+    return Lesson(PrunerInputs(*(parts[name] for name in PrunerInputs._fields)), parts["share"], parts["valid"])
+
+
+def _equally_long(one: Tensor, other: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """(B, n, ...) and (C, m, ...), the shorter with filler."""
+    length = max(one.shape[1], other.shape[1])
+    return tuple(_padded(rows, length, FILLER.get(name, 0)) for rows in (one, other))
 
 
 def _padded(rows: Tensor, length: int, value: float) -> Tensor:
-    """(B, length, ...) of (B, n, ...)."""
     missing = length - rows.shape[1]
     return F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, missing), value=value) if missing else rows

@@ -21,13 +21,12 @@ from . import compat
 from .adversary import Adversary
 from .checkpoint import read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
-from .guidance import guided_pass
+from .guidance import guidance_of, guided_pass, lessons_of, mean_guidance
 from .layout import gather_rows, padded_index
-from .losses import guidance_loss, kl_loss, mean_var_loss, mse_loss
+from .losses import kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
 from .patch import attach_pruners, prune_mode
-from .pruner import logits_of
-from .replay import Lesson, Replay
+from .replay import Replay, joined
 from .sampling import SeededSampler
 from .schedules import ScheduleValues, schedule
 from .soft_attention import check_compilable
@@ -86,9 +85,7 @@ class PruneTrainerMixin:
                 self.prune_handle.hidden_size, len(state.feature_layers), self.prune, args.device
             )
         self._features: tuple[list[Tensor], list[Tensor], Tensor, Tensor] | None = None
-        self._replay = (
-            Replay(self.prune.guidance_memory, self.prune.guidance_replays) if self.prune.guidance_replays else None
-        )
+        self._replay = Replay(self.prune.guidance_memory) if self.prune.guidance_replays else None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self._adapt_engine_once_made()
 
@@ -153,7 +150,7 @@ class PruneTrainerMixin:
             real, real_index, shares = self._unpruned(record, inputs)
             if state.guided:
                 valid = record.layout.vision_valid
-                terms["guidance"] = _mean_guidance(record.logits, {k: (share, valid) for k, share in shares.items()})
+                terms["guidance"] = mean_guidance(record.logits, {k: (share, valid) for k, share in shares.items()})
             if state.feature_layers:
                 terms["adversarial"] = self._alignment(record, real, real_index, outputs)
         weights = {
@@ -186,20 +183,15 @@ class PruneTrainerMixin:
 
     def _guidance_alone(self, record: ForwardRecord) -> Tensor:
         """Guidance of every pruner on the unpruned pass, by what enters its layer there, and on earlier passes."""
-        handle, head = self.prune_handle, self.model.get_output_embeddings()
-        unpruned = guided_pass(handle.decoder, head, record, self.prune.pruning_layers, (), self.prune.compile_layers)
-        valid = record.layout.vision_valid
-        lessons = {
-            layer: Lesson(handle.pruner_inputs(layer, hidden, record), unpruned.shares[layer], valid)
-            for layer, hidden in unpruned.entering.items()
-        }
+        handle = self.prune_handle
+        lessons = lessons_of(handle, self.model.get_output_embeddings(), record)
         if self._replay is not None:
-            lessons = self._replay.joined(lessons)
-        logits = {
-            layer: logits_of(handle.scorers[layer].pruner, lesson.inputs, self.prune.compile_layers)
-            for layer, lesson in lessons.items()
-        }
-        term = _mean_guidance(logits, {layer: lesson[1:] for layer, lesson in lessons.items()})
+            earlier = self._replay.drawn(self.prune.guidance_replays) if len(self._replay) else None
+            self._replay.remember(lessons)
+            lessons = lessons if earlier is None else joined(lessons, earlier)
+        with self.accelerator.autocast():  # the host has it around the model's forward alone
+            pruners = {layer: handle.scorers[layer].pruner for layer in lessons}
+            term = guidance_of(pruners, lessons, self.prune.compile_layers)
         self._note({"loss/guidance": term, "prune/with_image": (record.layout.vision_counts > 0).any()})
         return term
 
@@ -393,20 +385,6 @@ class PruneTrainerMixin:
         if self.prune.train_base or self.lora:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
-
-
-def _mean_guidance(logits: dict[int, Tensor], targets: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-    """The term that has every pruner rank the tokens as the unpruned answer depends on them, mean over pruners.
-
-    Args:
-        logits: pruning layer -> (B, N, 2).
-        targets: pruning layer -> share and valid, both (B, N).
-    """
-    terms = []
-    for layer, (share, valid) in targets.items():
-        weights = valid.any(-1).float()  # text alone teaches nothing
-        terms.append(guidance_loss(logits[layer], share, valid, weights))
-    return torch.stack(terms).mean()
 
 
 def _ratios_of_images(metrics: dict[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from llava_prune.convert import convert
 from llava_prune.data_hf import Collator, ConversationDataset
 from llava_prune.reporting.samples import Sample
 from llava_prune.testbed.prepare import prepare
-from llava_prune.train_hf import arguments_class
+from llava_prune.train_hf import arguments_class, make_trainer
 from llava_prune.turns import supervise_one_turn
 from llava_prune.visualize.chat import load_chat
 
@@ -216,3 +216,30 @@ def test_lora_trains_beside_the_pruners(bed, tmp_path):
     assert all(any(torch.equal(own, value) for value in state.values()) for own in list(adapter.values())[:4])
     with load_pruners(chat.model, tmp_path):
         assert chat.answers([Sample(Image.new("RGB", (64, 64)), "Is there a circle?")], 2)
+
+
+def test_under_guidance_alone_pruners_run_in_half_precision_too(bed, tmp_path):
+    """The host's autocast is around the model's forward alone, where pruners do not run then."""
+    words = ["--model_name_or_path", bed / "hf", "--data_path", bed / "yes.json", "--image_folder", bed]
+    words += [
+        "--output_dir",
+        tmp_path,
+        "--prune_config",
+        "mosaic",
+        "--bf16",
+        True,
+        "--max_steps",
+        2,
+        "--use_cpu",
+        True,
+    ]
+    words += ["--per_device_train_batch_size", 2, "--save_strategy", "no", "--report_to", "none"]
+    words += ["--prune_guidance_weight", 1.0, "--prune_guidance_only_ratio", 1.0, "--prune_selection", "topk"]
+    trainer = make_trainer([str(word) for word in words])
+    seen = set()
+    for scorer in trainer.prune_handle.scorers.values():
+        scorer.pruner.joint_hidden.register_forward_hook(
+            lambda module, inputs, output: seen.add((module.weight.dtype, output.dtype))
+        )
+    trainer.train()
+    assert seen == {(torch.float32, torch.bfloat16)}
