@@ -1,0 +1,66 @@
+"""Fits on remembered passes: they learn, they ask what origin is asked, and they leave the model as it was."""
+
+import json
+
+import pytest
+import torch
+
+from llava_prune.guidance import guidance_of
+from llava_prune.layout import IGNORE_INDEX
+from llava_prune.patch import attach_pruners, find_handle
+from llava_prune.testbed.mini.__main__ import main
+from llava_prune.testbed.mini.fits import FITS, Fit, Fits, chosen_fits
+from llava_prune.testbed.mini.size import TINY
+
+LEARNER = Fit({"pruner_lr": 3e-3}, steps=40, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mini")
+    few = {"projector_steps": 3, "base_steps": 3, "base_batch_size": 2, "base_workers": 0, "mosaics": 4}
+    words = [part for name, value in few.items() for part in (f"--{name}", str(value))]
+    main(["--tiny", "--out", str(out), "--questions", "8", *words])
+    (base,), (data,) = out.glob("base-*"), out.glob("data-*")
+    named = {"ours": LEARNER, "layers_1_2_12_20": FITS["layers_1_2_12_20"]}
+    return Fits(base, data, out, TINY, named, samples=24, asked=8, workers=0)
+
+
+def test_what_does_not_fit_the_base_is_left_out(fits):
+    assert list(fits.configs) == ["ours"]
+    with pytest.raises(ValueError, match="--fit: no fit fastest; use all, or some of ours, longer"):
+        chosen_fits("ours,fastest")
+    assert chosen_fits("all") == FITS
+
+
+def test_a_fit_learns_what_is_remembered(fits):
+    config, losses = fits.configs["ours"], []
+    lessons = fits.memory.drawn(200)
+    for steps in (0, 40):
+        pruners = fits.fitted(Fit(steps=steps, batch_size=16), config, seed=0)
+        with torch.no_grad():
+            losses.append(guidance_of({int(layer): pruner for layer, pruner in pruners.items()}, lessons).item())
+    assert len(fits.memory) == 24 and losses[1] < losses[0] - 0.01
+
+
+def test_who_keeps_all_is_right_where_origin_is(fits):
+    """The questions are given the answers that this untrained base likes best."""
+    config = fits.configs["ours"]
+    pruners = fits.fitted(LEARNER, config, seed=0)
+    for batch, _ in fits.questions:
+        with torch.no_grad():
+            likeliest = fits.model(**batch).logits[:, :-1].argmax(-1)
+        labels = batch["labels"][:, 1:]
+        labels.copy_(torch.where(labels == IGNORE_INDEX, labels, likeliest))
+    with torch.no_grad(), attach_pruners(fits.model, config):
+        assert fits._answered("origin", {}) == 1
+    for who in (pruners, None):
+        assert fits.right(config, who, TINY.vision_tokens) == 1
+    assert find_handle(fits.model) is None
+
+
+def test_a_run_writes_every_fit_at_every_budget(fits):
+    rows = fits.run()
+    assert rows == json.loads((fits.out / "fits.json").read_text())
+    assert [row["fit"] for row in rows] == ["origin", "true slopes", "ours"]
+    assert all(list(row["right"]) == [str(budget) for budget in TINY.budgets] for row in rows)
