@@ -126,7 +126,7 @@ def logits_of(pruner: nn.Module, inputs: PrunerInputs, compiled: bool = False) -
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # a program for any shape failed to compile now and then (torch 2.11); of a few fixed shapes none did
+    # of fixed shapes: a program for any shape failed to compile in one of three trainings (torch 2.11, H100)
     return torch.compile(_logits, dynamic=False)
 
 
