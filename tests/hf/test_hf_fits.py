@@ -53,7 +53,7 @@ def test_who_keeps_all_is_right_where_origin_is(fits):
         labels = batch["labels"][:, 1:]
         labels.copy_(torch.where(labels == IGNORE_INDEX, labels, likeliest))
     with torch.no_grad(), attach_pruners(fits.model, config):
-        assert fits._answered("origin", {}) == 1
+        assert fits.answered("origin", {}) == 1
     for who in (pruners, None):
         assert fits.right(config, who, TINY.vision_tokens) == 1
     assert find_handle(fits.model) is None

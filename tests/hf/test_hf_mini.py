@@ -316,21 +316,8 @@ def test_a_packed_base_is_nearly_the_trained_one(tmp_path):
 
 
 def words(out, *more):
-    given = [
-        "--tiny",
-        "--out",
-        out,
-        "--projector_steps",
-        3,
-        "--base_steps",
-        3,
-        "--base_batch_size",
-        2,
-        "--base_workers",
-        0,
-        "--steps",
-        2,
-    ]
+    given = ["--tiny", "--out", out, "--projector_steps", 3, "--base_steps", 3, "--base_batch_size", 2]
+    given += ["--base_workers", 0, "--steps", 2]
     given += ["--batch_size", 2, "--guided_steps", 2, "--guided_batch_size", 2, "--workers", 0, "--mosaics", 4]
     given += ["--questions", 4, "--seeds", 0, "--budgets", 12, "--methods", "uniform,visionzip", "--jobs", 1]
     return [str(word) for word in (*given, *more)]

@@ -228,10 +228,10 @@ def test_under_guidance_alone_pruners_run_in_half_precision_too(bed, tmp_path):
         "mosaic",
         "--bf16",
         True,
-        "--max_steps",
-        2,
         "--use_cpu",
         True,
+        "--max_steps",
+        2,
     ]
     words += ["--per_device_train_batch_size", 2, "--save_strategy", "no", "--report_to", "none"]
     words += ["--prune_guidance_weight", 1.0, "--prune_guidance_only_ratio", 1.0, "--prune_selection", "topk"]

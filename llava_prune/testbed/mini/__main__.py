@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             pack=args.pack,
             packed=args.packed,
         )
+        fits = chosen_fits(args.fit) if args.fit else {}
         mini = Mini(args.out.resolve(), size, base, settings, amounts, plan)
         mini.prepare()
         if args.all:
@@ -117,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
             mini.ablations()
         if args.transfer:
             mini.transfer()
-        if args.fit:
-            mini.fit(chosen_fits(args.fit), args.fit_samples)
+        if fits:
+            mini.fit(fits, args.fit_samples)
         mini.print_times()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(f"llava_prune.testbed.mini: {error}")

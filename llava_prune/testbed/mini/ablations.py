@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +69,13 @@ VARIANTS = {
 
 
 def chosen(names: str) -> list[str]:
-    """Variants by name, separated by commas, or `all`; the training that they differ from comes first.
+    """Variants by name, see `named`; the training that they differ from comes first."""
+    return list(dict.fromkeys([MAIN, *named(names, VARIANTS, "--ablate: no variant")]))
 
-    Raises:
-        ValueError: there is no such variant.
-    """
-    wanted = list(VARIANTS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    if unknown := [name for name in wanted if name not in VARIANTS]:
-        raise ValueError(f"--ablate: no variant {', '.join(unknown)}; use all, or some of {', '.join(VARIANTS)}")
-    return list(dict.fromkeys([MAIN, *wanted]))
+
+def named(names: str, known: Collection[str], complaint: str) -> list[str]:
+    """What a flag lists, separated by commas, or `all`; raises ValueError with `complaint` about unknown names."""
+    wanted = list(known) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"{complaint} {', '.join(unknown)}; use all, or some of {', '.join(known)}")
+    return wanted

@@ -26,6 +26,7 @@ from ...pruner import LayerPruner
 from ...replay import Replay
 from ...scoring import LayerView, Scores
 from ..prepare import write_text
+from .ablations import named
 from .size import MiniSize
 from .trainings import PRESET, arguments
 
@@ -61,11 +62,8 @@ FITS = {
 
 
 def chosen_fits(names: str) -> dict[str, Fit]:
-    """Fits by name, separated by commas, or `all`; raises ValueError where there is no such fit."""
-    wanted = list(FITS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    if unknown := [name for name in wanted if name not in FITS]:
-        raise ValueError(f"--fit: no fit {', '.join(unknown)}; use all, or some of {', '.join(FITS)}")
-    return {name: FITS[name] for name in wanted}
+    """Fits by name, see `named`."""
+    return {name: FITS[name] for name in named(names, FITS, "--fit: no fit")}
 
 
 class Fits:
@@ -79,6 +77,9 @@ class Fits:
         samples: training questions to remember.
         asked: held-back questions.
         workers: processes that read pictures.
+
+    Raises:
+        ValueError: no fit is left.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class Fits:
                 self.configs[name] = config
             except ValueError as error:
                 print(f"{name} is left out: {error}")
+        if not self.configs:
+            raise ValueError("--fit: none of these fits has layers and a budget that this base can have")
         every = sorted({layer for config in self.configs.values() for layer in config.pruning_layers})
         gpu = torch.cuda.is_available()
         words = {
@@ -211,9 +214,10 @@ class Fits:
             else:
                 with handle.suspended():
                     handle.scorers = known
-            return self._answered("masked", known)
+            return self.answered("masked", known)
 
-    def _answered(self, mode: str, known: dict[int, _Known]) -> float:
+    def answered(self, mode: str, known: dict[int, _Known]) -> float:
+        """Share of the questions answered right in a mode; `known` are the scorers to be told a batch's slopes."""
         hits = []
         for batch, shares in self.questions:
             for layer, scorer in known.items():
@@ -230,7 +234,7 @@ class Fits:
         budgets = self.size.budgets
         first = next(iter(self.configs.values()))
         with torch.no_grad(), attach_pruners(self.model, first):
-            origin = self._answered("origin", {})
+            origin = self.answered("origin", {})
         rows = [{"fit": ORIGIN, "right": dict.fromkeys(map(str, budgets), origin)}]
         print(f"{ORIGIN}: {origin:.1%}", flush=True)
         layers: dict[tuple, str] = {}
