@@ -19,7 +19,7 @@ from .patch import PruneHandle, attach_pruners, find_handle, require_handle, set
 
 WEIGHTS = "pruners.safetensors"
 CONFIG = "prune_config.json"
-FORMAT_VERSION = 3  # of 3, pruners know places and look at the picture
+FORMAT_VERSION = 4  # of 4, vision tokens look at each other
 # settings that say which weights there are, and of what shape
 SHAPING = (
     "pruning_layers",

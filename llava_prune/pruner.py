@@ -21,10 +21,10 @@ class LayerPruner(nn.Module):
     """Question-driven cross-attention and an MLP that give each vision token two logits, drop and keep.
 
     The decoder is causal and the image stands before the question, so vision hidden states know nothing of the
-    question at any depth: the pruner reads the question's own hidden states. The question looks at the picture first,
-    so that what it asks for can be the token that fits best and not every one that fits, and then every vision token
-    at the question. Only the tokens that are still there are looked at, so that it makes no difference whether others
-    are hidden or gone.
+    question at any depth: the pruner reads the question's own hidden states. Vision tokens look at each other first,
+    since a word or a thing is more than one patch; then the question looks at them, so that what it asks for can be
+    the token that fits best and not every one that fits; then every vision token at the question. Only the tokens that
+    are still there are looked at, so that it makes no difference whether others are hidden or gone.
 
     Vision and question are states of one residual stream, so one projection to `pruner_rank` serves both. It keeps
     the pruner small beside a decoder layer: 1.6 M parameters at width 4096, where projections of their own take 7 M.
@@ -46,6 +46,8 @@ class LayerPruner(nn.Module):
         self.no_question = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.compress = nn.Linear(hidden_size, rank, bias=False)
         self.place = nn.Linear(PLACE_WIDTH, rank, bias=False)
+        self.norm_embedded = nn.LayerNorm(rank)
+        self.neighbours = CrossAttention(rank, rank, dim, config.pruner_heads, output_dim=rank)
         self.looking = CrossAttention(rank, rank, dim, config.pruner_heads, output_dim=rank)
         self.attention = CrossAttention(rank, rank, dim, config.pruner_heads)
         self.norm_joint = nn.LayerNorm(rank + dim)
@@ -57,6 +59,9 @@ class LayerPruner(nn.Module):
                 torch.tensor([float(config.attn_residual_weight)]), requires_grad=config.learn_attn_residual
             )
         init_weights(self)
+        with torch.no_grad():
+            # a token looks at what is alike and near from the start, instead of having to find out that it should
+            self.neighbours.to_key.weight.copy_(self.neighbours.to_query.weight)
         nn.init.normal_(self.no_question, std=0.02)
         # small, not zero: a zero weight would give the layers below it no gradient
         nn.init.normal_(self.joint_logits.weight, std=0.02 / dim**0.5)
@@ -92,6 +97,8 @@ class LayerPruner(nn.Module):
         context = torch.cat([self.no_question.expand(len(question), -1, -1), question.to(dtype)], dim=1)
         mask = F.pad(question_mask, (1, 0), value=True)
         embedded = self.compress(self.norm_vision(vision.to(dtype))) + self.place(waves(places).to(dtype))
+        normed = self.norm_embedded(embedded)
+        embedded = embedded + self.neighbours(normed, normed, visible)
         context = self.compress(self.norm_question(context))
         context = context + self.looking(context, embedded, visible)
         joint = torch.cat([embedded, self.attention(embedded, context, mask)], -1)

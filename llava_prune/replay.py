@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pruner import PrunerInputs
-from .scoring import UNSEEN
+from .soft_attention import HIDDEN
 
-FILLER = {"visible": UNSEEN}  # of a sample with fewer tokens than another; 0 of everything else
+FILLER = {"visible": HIDDEN}  # of a sample with fewer tokens than another; 0 of everything else
 
 
 class Lesson(NamedTuple):

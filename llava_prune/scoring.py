@@ -18,9 +18,8 @@ from .drop import Rows
 from .layout import TokenLayout, gather_rows
 from .masks import keep_probability
 from .pruner import PrunerInputs
+from .soft_attention import HIDDEN
 from .state import ForwardRecord
-
-UNSEEN = -1e4  # a bias that leaves nothing, and still a number where all have it
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,11 @@ class LayerView:
 
     @property
     def visible(self) -> Tensor:
-        """(B, N) fp32 bias of looks at the vision tokens: 0 or a soft mask's while alive, else `UNSEEN`."""
+        """(B, N) fp32 bias of looks at the vision tokens: 0 or a soft mask's while alive, else `HIDDEN`."""
         bias = torch.zeros_like(self.vision_index, dtype=torch.float32)
         if self.bias is not None:
             bias = self.bias.float().gather(1, self.vision_index)
-        return bias.masked_fill(~self.alive, UNSEEN)
+        return bias.masked_fill(~self.alive, HIDDEN)
 
     @property
     def predicting(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Causal attention with a bias on every key that has a gradient, in fused kernels that know of no bias.
+"""Attention with a bias on every key that has a gradient, in fused kernels that know of no bias.
 
 softmax(q k / sqrt(d) + b) is the attention of queries with one more channel, of ones, and of keys with one more, of
 b sqrt(d). So flash attention gives the bias its gradient by way of the keys, and no (B, H, T, T) matrix is made, where
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .decoder_layer import Tables, attend, finish, project
 
-HIDDEN = -1e3  # bias of padding: its weight is 0 in any dtype, and times sqrt(d) it is still finite in half precision
+HIDDEN = -1e3  # bias of what is not there: a weight of 0 in any dtype, and finite times sqrt(d) in half precision
 CUDA_MULTIPLE = 8  # widths that fused CUDA kernels take
 
 
@@ -68,20 +68,20 @@ def _compiled_layer() -> Callable[..., Tensor]:
 
 def _layer(layer: nn.Module, hidden: Tensor, tables: Tables, bias: Tensor) -> Tensor:
     query, key, value = project(layer, hidden, tables)
-    return finish(layer, hidden, biased_attention(query, key, value, bias))
+    return finish(layer, hidden, biased_attention(query, key, value, bias, is_causal=True))
 
 
-def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """(B, heads, T, d) of causal attention with `bias` (B, T) fp32 on the keys, scaled by 1 / sqrt(d)."""
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, is_causal: bool) -> Tensor:
+    """(B, heads, T, d) of attention to S keys with `bias` (B, S) fp32 on them, scaled by 1 / sqrt(d)."""
     width = query.shape[-1]
-    channels = _channels(bias * width**0.5, query.dtype)  # (B, T, 1 or 2)
+    channels = _channels(bias * width**0.5, query.dtype)  # (B, S, 1 or 2)
     total = width + channels.shape[-1]
     if query.is_cuda:
         total = -(-total // CUDA_MULTIPLE) * CUDA_MULTIPLE
     ones = query.new_ones(1).expand(*query.shape[:-1], channels.shape[-1])
     biases = channels[:, None].expand(-1, key.shape[1], -1, -1)
     queries, keys = (_widened(torch.cat(pair, -1), total) for pair in ((query, ones), (key, biases)))
-    attended = attend(queries, keys, _widened(value, total), is_causal=True, scale=width**-0.5)
+    attended = attend(queries, keys, _widened(value, total), is_causal=is_causal, scale=width**-0.5)
     return attended[..., :width]
 
 

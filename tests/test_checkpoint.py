@@ -92,7 +92,7 @@ def test_missing_and_damaged_files(saved, llava, tmp_path):
 def test_another_format_is_refused_by_its_number(saved, llava):
     description = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**description, "format_version": 1}))
-    with pytest.raises(ValueError, match="is of format 1, this llava_prune reads format 3"):
+    with pytest.raises(ValueError, match="is of format 1, this llava_prune reads format 4"):
         load_pruners(llava, saved)
     assert find_handle(llava) is None
 

@@ -5,8 +5,8 @@ import torch
 
 from llava_prune import PruneConfig
 from llava_prune.layout import TokenLayout
-from llava_prune.pruner import LayerPruner, PrunerInputs, logits_of
-from llava_prune.scoring import UNSEEN
+from llava_prune.pruner import LayerPruner, PrunerInputs, logits_of, waves
+from llava_prune.soft_attention import HIDDEN
 
 SIZES = {"pruner_rank": 8, "pruner_dim": 16, "pruner_heads": 2}
 
@@ -39,7 +39,7 @@ def test_what_is_not_visible_says_nothing_and_what_is_does():
     vision, places, visible, *question = inputs_of(1)
     other = vision.clone()
     other[:, 3] = torch.randn(24)
-    seen, unseen = visible, visible.index_fill(1, torch.tensor([3]), UNSEEN)
+    seen, unseen = visible, visible.index_fill(1, torch.tensor([3]), HIDDEN)
 
     def first(vision, visible):
         return pruner(vision, places, visible, *question)[:, :3]
@@ -47,7 +47,34 @@ def test_what_is_not_visible_says_nothing_and_what_is_does():
     assert torch.equal(first(vision, unseen), first(other, unseen))
     assert not torch.equal(first(vision, seen), first(other, seen))
     gone = pruner(vision[:, :3], places[:, :3], seen[:, :3], *question)
-    torch.testing.assert_close(first(vision, visible.index_fill(1, torch.tensor([3, 4]), UNSEEN)), gone)
+    torch.testing.assert_close(first(vision, visible.index_fill(1, torch.tensor([3, 4]), HIDDEN)), gone)
+
+
+@torch.no_grad()
+def test_tokens_are_judged_with_their_neighbours():
+    """Where the question learns nothing of the picture, every other token still says something about a token."""
+    pruner = pruner_of()
+    pruner.looking.to_output.weight.zero_()
+    vision, *rest = inputs_of(1)
+    other = vision.clone()
+    other[:, 0] = torch.randn(24)
+    assert ((pruner(other, *rest) - pruner(vision, *rest)).abs() > 0).all()
+
+
+@torch.no_grad()
+def test_at_the_start_tokens_look_at_what_is_near():
+    """Scores of 24 equal tokens in a row, mean over pruners and heads: of themselves, the next, and all others."""
+    places = torch.stack([torch.full((24,), 0.5), (torch.arange(24) + 0.5) / 24], -1)[None]
+    scores = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        pruner = LayerPruner(24, PruneConfig(pruning_layers=(1,), target_token_num=4))
+        embedded = pruner.norm_embedded(pruner.place(waves(places)))
+        scores.append(pruner.neighbours.to_query(embedded) @ pruner.neighbours.to_key(embedded).mT)
+    scores = torch.cat(scores).mean(0)
+    own, following = scores.diagonal().mean(), scores.diagonal(1).mean()
+    others = scores[torch.ones_like(scores, dtype=torch.bool).triu(2)].mean()
+    assert own > 1.1 * following > 1.1**2 * others
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ of `scaled_dot_product_attention`, and FlexAttention, which is compiled and is f
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -37,7 +38,11 @@ def attention_times(heads: int, width: int, length: int, device: torch.device, d
     states = [torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_() for _ in range(3)]
     bias = (-8 * torch.rand(BATCH, length, generator=generator, device=device)).requires_grad_()
     weights = torch.randn(shape, generator=generator, device=device).to(dtype)
-    ways: dict[str, Callable[..., Tensor]] = {UNMASKED: _unmasked, OURS: biased_attention, MASKED: _masked}
+    ways: dict[str, Callable[..., Tensor]] = {
+        UNMASKED: _unmasked,
+        OURS: partial(biased_attention, is_causal=True),
+        MASKED: _masked,
+    }
     if device.type == "cuda":
         ways[FLEX] = _flex(length, device)
     times, slopes = {}, {}

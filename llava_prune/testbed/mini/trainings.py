@@ -36,7 +36,7 @@ class TrainingSettings:
     steps: int = 400
     batch_size: int = 16
     guided_steps: int = 1600
-    guided_batch_size: int = 8
+    guided_batch_size: int = 16
     workers: int = 4
     bf16: bool = True
     compile: bool = True
