@@ -220,8 +220,9 @@ class PruneConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.pruner_dim % self.pruner_heads:
-            raise ValueError(f"pruner_dim {self.pruner_dim} must be divisible by pruner_heads {self.pruner_heads}")
+        for name in ("pruner_dim", "pruner_rank"):
+            if getattr(self, name) % self.pruner_heads:
+                raise ValueError(f"{name} {getattr(self, name)} must be divisible by pruner_heads {self.pruner_heads}")
         if self.estimator == "topk_st" and self.selection != "topk":
             raise ValueError("estimator 'topk_st' keeps exact counts: set selection to 'topk'")
         if self.layer_shares is not None:

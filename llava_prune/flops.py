@@ -121,16 +121,17 @@ def pruner_flops(config: PruneConfig, shape: DecoderShape, vision: Tensor, text:
     """
     d, r, p = shape.hidden, config.pruner_rank, config.pruner_dim
     vision, text, question = vision.double().cpu(), text.double().cpu(), question.double().cpu()
-    context = question * config.use_question + 1  # a learned token stands beside the question
+    asked, near = question * config.use_question, min(r, p)
+    context = asked + 1  # a learned token stands beside the question
     total = torch.zeros_like(text)
     for layer in config.pruning_layers:
         n = vision[:, layer - 1]  # what enters the pruner is what the layer before had
         # compression, place; query, key, value and output of its look at others; key and value; query, output, hidden,
         # logits
-        per_vision = d * r + PLACE_WIDTH * r + 4 * r * p + 2 * r * p + r * p + p * p + (r + p) * p + 2 * p
-        # compression, query and output of its look; key and value
-        per_context = d * r + r * p + p * r + 2 * r * p
-        products = n * per_vision + context * per_context + 4 * n * context * p + 2 * n * n * p
+        per_vision = d * r + PLACE_WIDTH * r + 4 * r * near + 2 * r * p + r * p + p * p + (r + p) * p + 2 * p
+        # query and output of its look; key and value
+        per_context = r * p + p * r + 2 * r * p
+        products = n * per_vision + asked * d * r + context * per_context + 4 * n * context * p + 2 * n * n * near
         total += 2 * products
         if config.use_attn_residual:
             total += attention_rows_flops(shape, n + text, question)

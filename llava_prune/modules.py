@@ -37,8 +37,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_query = nn.Linear(query_dim, dim)
-        self.to_key = nn.Linear(context_dim, dim)
-        self.to_value = nn.Linear(context_dim, dim)
+        # a bias would add the same to all scores of a query; one of values, whose weights add up to 1, to the output
+        self.to_key = nn.Linear(context_dim, dim, bias=False)
+        self.to_value = nn.Linear(context_dim, dim, bias=False)
         self.to_output = nn.Linear(dim, output_dim or dim)
 
     def forward(self, query: Tensor, context: Tensor, context_mask: Tensor | None = None) -> Tensor:

@@ -27,7 +27,7 @@ class LayerPruner(nn.Module):
     are still there are looked at, so that it makes no difference whether others are hidden or gone.
 
     Vision and question are states of one residual stream, so one projection to `pruner_rank` serves both. It keeps
-    the pruner small beside a decoder layer: 1.6 M parameters at width 4096, where projections of their own take 7 M.
+    the pruner small beside a decoder layer: 1.7 M parameters at width 4096, where projections of their own take 7 M.
 
     Args:
         hidden_size: width of the decoder.
@@ -43,11 +43,10 @@ class LayerPruner(nn.Module):
         self.norm_vision = nn.LayerNorm(hidden_size)
         self.norm_question = nn.LayerNorm(hidden_size)
         # stands in for the question where there is none
-        self.no_question = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        self.no_question = nn.Parameter(torch.zeros(1, 1, rank))
         self.compress = nn.Linear(hidden_size, rank, bias=False)
         self.place = nn.Linear(PLACE_WIDTH, rank, bias=False)
-        self.norm_embedded = nn.LayerNorm(rank)
-        self.neighbours = CrossAttention(rank, rank, dim, config.pruner_heads, output_dim=rank)
+        self.neighbours = CrossAttention(rank, rank, min(rank, dim), config.pruner_heads, output_dim=rank)
         self.looking = CrossAttention(rank, rank, dim, config.pruner_heads, output_dim=rank)
         self.attention = CrossAttention(rank, rank, dim, config.pruner_heads)
         self.norm_joint = nn.LayerNorm(rank + dim)
@@ -62,7 +61,7 @@ class LayerPruner(nn.Module):
         with torch.no_grad():
             # a token looks at what is alike and near from the start, instead of having to find out that it should
             self.neighbours.to_key.weight.copy_(self.neighbours.to_query.weight)
-        nn.init.normal_(self.no_question, std=0.02)
+        nn.init.normal_(self.no_question)  # as large as what is compressed
         # small, not zero: a zero weight would give the layers below it no gradient
         nn.init.normal_(self.joint_logits.weight, std=0.02 / dim**0.5)
         with torch.no_grad():
@@ -94,12 +93,12 @@ class LayerPruner(nn.Module):
         dtype = self.joint_hidden.weight.dtype
         if not self.use_question:
             question, question_mask = question[:, :0], question_mask[:, :0]
-        context = torch.cat([self.no_question.expand(len(question), -1, -1), question.to(dtype)], dim=1)
         mask = F.pad(question_mask, (1, 0), value=True)
         embedded = self.compress(self.norm_vision(vision.to(dtype))) + self.place(waves(places).to(dtype))
-        normed = self.norm_embedded(embedded)
+        normed = F.layer_norm(embedded, embedded.shape[-1:])
         embedded = embedded + self.neighbours(normed, normed, visible)
-        context = self.compress(self.norm_question(context))
+        context = self.compress(self.norm_question(question.to(dtype)))
+        context = torch.cat([self.no_question.expand(len(question), -1, -1).to(context.dtype), context], dim=1)
         context = context + self.looking(context, embedded, visible)
         joint = torch.cat([embedded, self.attention(embedded, context, mask)], -1)
         logits = self.joint_logits(F.gelu(self.joint_hidden(self.norm_joint(joint)))).float()

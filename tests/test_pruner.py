@@ -69,7 +69,7 @@ def test_at_the_start_tokens_look_at_what_is_near():
     for seed in range(20):
         torch.manual_seed(seed)
         pruner = LayerPruner(24, PruneConfig(pruning_layers=(1,), target_token_num=4))
-        embedded = pruner.norm_embedded(pruner.place(waves(places)))
+        embedded = torch.nn.functional.layer_norm(pruner.place(waves(places)), (128,))
         scores.append(pruner.neighbours.to_query(embedded) @ pruner.neighbours.to_key(embedded).mT)
     scores = torch.cat(scores).mean(0)
     own, following = scores.diagonal().mean(), scores.diagonal(1).mean()
