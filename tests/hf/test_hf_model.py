@@ -169,8 +169,7 @@ def test_hidden_states_have_the_rows_that_entered_each_layer():
     model = tiny(attention="eager")
     batch = batch_of(model, [9, 12], [1, 1])
     length = batch["input_ids"].shape[1]  # the shorter sample is padded by 3, and padding stays
-    with pruned(model) as handle:
-        randomise_pruners(handle, bias=-1.0, seed=3)
+    with pruned(model, selection="topk", layer_shares=(1, 0.6, 0.3)):
         output = model(**batch, output_hidden_states=True, output_attentions=True)
         report = last_report(model)
     rows = [length if layer == 0 else int((report.tokens_per_layer[:, layer] + 12).max()) for layer in range(6)]
