@@ -18,6 +18,7 @@ from .intervals import of_seeds, of_share
 from .size import MiniSize
 from .trainings import Training
 
+WIDTH = 180  # columns of a screen that the tables need
 NOTES = (
     "ours: pruners trained for the budget. 'exactly': the best tokens of each question up to the budget; 'threshold': "
     "as trained, so that questions share the budget",
@@ -167,7 +168,7 @@ def write_ablations(
             _number(line["d_accuracy_last"], "{:.2f}"),
             _number(line["task_loss_last"], "{:.3f}"),
         )
-    Console(width=max(Console().width, 150)).print(table)
+    Console(width=max(Console().width, WIDTH)).print(table)
 
 
 def _stability(row: list[Training]) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def _print(title: str, lines: list[dict[str, Any]]) -> None:
             _number(line["prefill_ms"], "{:.1f}") + _number(line["prefill_origin_ms"], " / {:.1f}"),
             style="bold" if line["kind"] == PRUNERS else None,
         )
-    Console(width=max(Console().width, 150)).print(table)
+    Console(width=max(Console().width, WIDTH)).print(table)
 
 
 def _against(line: dict[str, Any]) -> str:
