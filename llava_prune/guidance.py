@@ -22,10 +22,10 @@ line (a second 60 below the bar); right of the answers, 98.3 % with all tokens:
 
 (Of 1,000 questions to another base, 96.7 % with all tokens, 93.9 % with the 46.)
 
-Slopes speak of the whole picture, where two tokens that say the same are worth half each. Asked again while all but the
-best 256, 128, 64 and 40 average tokens are hidden, and averaged, they order better: 96.5 % right at 64 average tokens for
-94.5 %, 90.0 % at 32 for 81.3 % (512 questions, a third base, 99.0 % with all tokens). Pruners did not learn more from
-them yet, so they are not asked again.
+Slopes speak of the whole picture, where two tokens that say the same are worth half each. Asked again while all but
+the best 256, 128, 64 and 40 average tokens are hidden, and averaged, they order better: 96.5 % right at 64 average
+tokens for 94.5 %, 90.0 % at 32 for 81.3 % (512 questions, a third base, 99.0 % with all tokens). Pruners did not learn
+more from them yet, so they are not asked again.
 """
 
 from __future__ import annotations
