@@ -52,7 +52,7 @@ class CrossAttention(nn.Module):
             split(to(x)) for to, x in ((self.to_query, query), (self.to_key, context), (self.to_value, context))
         )
         if context_mask is not None and context_mask.requires_grad:
-            # the gradient of a mask would be made for each head and query
+            # of a mask argument torch would make the gradient for each head and query, (B, heads, N, S)
             attended = biased_attention(query, key, value, context_mask, is_causal=False)
         else:
             mask = None if context_mask is None else context_mask[:, None, None, :]
