@@ -130,6 +130,26 @@ def cache_tensors(cache: Any) -> Iterator[Tensor]:
         yield from layer[:2] if isinstance(layer, tuple) else (layer.keys, layer.values)
 
 
+def change_cache(cache: Any, layer: int, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace keys and values of one layer by what `change` makes of them; nothing to do without a cache.
+
+    Raises:
+        ValueError: the layer does not keep them as plain tensors.
+    """
+    if cache is None:
+        return
+    if hasattr(cache, "key_cache"):
+        cache.key_cache[layer], cache.value_cache[layer] = map(change, cache[layer])
+        return
+    held = cache.layers[layer]
+    if type(held).__name__ != "DynamicLayer":
+        raise ValueError(
+            f"a pruner before layer {layer} needs its keys and values as they are, and a {type(held).__name__} keeps "
+            "them otherwise: use the dynamic cache (leave cache_implementation unset), or prune from layer 1 on"
+        )
+    held.keys, held.values = change(held.keys), change(held.values)
+
+
 def check_cache(cache: Any) -> None:
     """Raises ValueError for a cache of fixed length (5.x), which can not hold fewer rows in later layers."""
     if getattr(cache, "is_compileable", False):

@@ -148,11 +148,8 @@ class PruneConfig:
             raise ValueError(
                 f"pruning_layers {list(layers)} must be in ascending order without repeats: {sorted(set(layers))}"
             )
-        if layers[0] < 1:
-            raise ValueError(
-                f"pruning_layers {list(layers)}: the first must be at least 1, since layer 0 keeps the full "
-                "key-value cache that positions and masks are counted from"
-            )
+        if layers[0] < 0:
+            raise ValueError(f"pruning_layers {list(layers)}: layers are counted from 0")
         if (self.target_token_num is None) == (self.target_sparsity is None):
             state = "neither is" if self.target_token_num is None else "both are"
             raise ValueError(f"set exactly one of target_token_num and target_sparsity ({state} set)")
@@ -245,7 +242,7 @@ class PruneConfig:
         if self.pruning_layers[-1] >= num_layers:
             raise ValueError(
                 f"pruning_layers {list(self.pruning_layers)} are out of range: this decoder has {num_layers} layers, "
-                f"so they must lie in 1..{num_layers - 1}"
+                f"so they must lie in 0..{num_layers - 1}"
             )
 
     def disc_layer_indices(self, num_layers: int) -> tuple[int, ...]:

@@ -65,8 +65,9 @@ class Rows:
         size[dim] = self.positions.shape[1]
         return values.gather(dim, self.positions.view(shape).expand(size))
 
-    def scatter(self, hidden_states: Tensor, length: int) -> Tensor:
-        """(B, S, D) back to (B, length, D), zero where rows were removed."""
-        target = self.positions.masked_fill(~self.valid, length)[..., None].expand_as(hidden_states)
-        full = hidden_states.new_zeros(len(hidden_states), length + 1, hidden_states.shape[-1])
-        return full.scatter(1, target, hidden_states)[:, :length]
+    def scatter(self, states: Tensor, length: int) -> Tensor:
+        """(B, .., S, D) back to (B, .., length, D), zero where rows were removed."""
+        target = self.positions.masked_fill(~self.valid, length).to(states.device)
+        target = target.view(len(target), *[1] * (states.dim() - 3), -1, 1).expand_as(states)
+        full = states.new_zeros(*states.shape[:-2], length + 1, states.shape[-1])
+        return full.scatter(-2, target, states)[..., :length, :]

@@ -108,11 +108,14 @@ def decoder_flops(shape: DecoderShape, rows: Tensor, convention: str = "C") -> T
     return CONVENTIONS[convention].layer(rows.double().cpu(), shape).sum(-1)
 
 
-def pruner_flops(config: PruneConfig, shape: DecoderShape, vision: Tensor, text: Tensor, question: Tensor) -> Tensor:
+def pruner_flops(
+    config: PruneConfig, shape: DecoderShape, before: Tensor, vision: Tensor, text: Tensor, question: Tensor
+) -> Tensor:
     """FLOPs of all pruners, attention residuals included.
 
     Args:
-        vision: (B, layers) vision tokens that enter each decoder layer.
+        before: (B,) vision tokens before any pruning.
+        vision: (B, layers) those that each decoder layer sees.
         text: (B,) text tokens.
         question: (B,) those of them that the pruners read.
 
@@ -120,12 +123,13 @@ def pruner_flops(config: PruneConfig, shape: DecoderShape, vision: Tensor, text:
         (B,) fp64.
     """
     d, r, p = shape.hidden, config.pruner_rank, config.pruner_dim
-    vision, text, question = vision.double().cpu(), text.double().cpu(), question.double().cpu()
+    entering = torch.cat([before[:, None], vision], 1).double().cpu()  # a pruner sees what the layer before it saw
+    text, question = text.double().cpu(), question.double().cpu()
     asked, near = question * config.use_question, min(r, p)
     context = asked + 1  # a learned token stands beside the question
     total = torch.zeros_like(text)
     for layer in config.pruning_layers:
-        n = vision[:, layer - 1]  # what enters the pruner is what the layer before had
+        n = entering[:, layer]
         # compression, place; query, key, value and output of its look at others; key and value; query, output, hidden,
         # logits
         per_vision = d * r + PLACE_WIDTH * r + 4 * r * near + 2 * r * p + r * p + p * p + (r + p) * p + 2 * p

@@ -7,6 +7,7 @@ positions, the masks and, by never writing them, the key-value cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -218,16 +219,18 @@ class LayerForward:
 
     def _masked_decode_mask(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
         if self.segment not in record.attention_masks:
-            keep = record.kept[self.segment]
-            mask = call["attention_mask"]
-            if not torch.equal(keep, record.layout.vision_valid):
-                present = ~record.layout.vision | self._spread(keep, record)
-                new = record.full_length - record.prefill_length
-                present = torch.cat([present, present.new_ones(len(present), new)], -1)
-                hidden = call["hidden_states"]
-                mask = without_keys(mask, present, hidden.shape[1], hidden.dtype, self.flash)
+            dropped = not torch.equal(record.kept[self.segment], record.layout.vision_valid)
+            mask = self._mask_of_every_position(call, record) if dropped else call["attention_mask"]
             record.attention_masks[self.segment] = mask
         return record.attention_masks[self.segment]
+
+    def _mask_of_every_position(self, call: dict[str, Any], record: ForwardRecord) -> Tensor:
+        """A decode step's mask over a cache that has a place for dropped tokens too."""
+        present = ~record.layout.vision | self._spread(record.kept[self.segment], record)
+        new = record.full_length - record.prefill_length
+        present = torch.cat([present, present.new_ones(len(present), new)], -1)
+        hidden = call["hidden_states"]
+        return without_keys(call["attention_mask"], present, hidden.shape[1], hidden.dtype, self.flash)
 
     def _bias(self, cumulative: Tensor, record: ForwardRecord) -> Tensor:
         """(B, T) fp32, what attention adds to its scores of each position for a cumulative mask (B, N)."""
@@ -260,6 +263,9 @@ class LayerForward:
             call["attention_mask"] = record.attention_masks[self.segment]
             self._shrink_positions(call, rows)
         output = self.original(**call)
+        if self.index == 0 and not rows.complete(record.prefill_length):
+            # the host counts positions by this layer's cache
+            compat.change_cache(compat.cache_of(call), 0, partial(rows.scatter, length=record.prefill_length))
         if self.last and not rows.complete(record.prefill_length):
             full = rows.scatter(compat.hidden_states_of(output), record.prefill_length)
             output = compat.with_hidden_states(output, full)
@@ -314,6 +320,8 @@ class LayerForward:
         rows = record.rows[self.segment]
         if rows.complete(record.prefill_length):
             return call["attention_mask"]
+        if self.index == 0:
+            return self._mask_of_every_position(call, record)
         if self.segment not in record.attention_masks:
             hidden = call["hidden_states"]
             record.attention_masks[self.segment] = of_cached_rows(
@@ -330,7 +338,7 @@ class LayerForward:
     def _check_cache(self, call: dict[str, Any], record: ForwardRecord) -> None:
         held = compat.cache_length(compat.cache_of(call), self.index)
         new = record.full_length - record.prefill_length - call["hidden_states"].shape[1]
-        expected = record.rows[self.segment].positions.shape[1] + new
+        expected = (record.rows[self.segment].positions.shape[1] if self.index else record.prefill_length) + new
         if held != expected:
             raise ValueError(
                 f"the key-value cache of decoder layer {self.index} holds {held} positions, but the latest pruned "

@@ -94,7 +94,12 @@ def module_flops(handle: PruneHandle, report: Report) -> dict[str, Tensor]:
         return {"pruners": handle.method.flops(shape, report)}
     flops = {
         "pruners": pruner_flops(
-            handle.config, shape, report.tokens_per_layer, report.text_tokens, report.question_tokens
+            handle.config,
+            shape,
+            report.vision_tokens,
+            report.tokens_per_layer,
+            report.text_tokens,
+            report.question_tokens,
         )
     }
     merger = handle.pruners.merger

@@ -12,6 +12,7 @@ FACTORS = {
     "images": ("0", "1", "2", "mixed"),
     "selection": ("threshold", "topk"),
     "residual": (False, True),
+    "first": (1, 0),  # pruning layer
     "how": tuple(GENERATION),
 }
 NEW_TOKENS = 64

@@ -18,6 +18,7 @@ FACTORS = {
     "images": ("0", "1", "2", "mixed"),
     "lora": ("absent", "attached", "merged"),
     "residual": (False, True),
+    "first": (1, 0),  # pruning layer
 }
 LENGTHS = [9, 14, 8, 11, 17, 7, 12, 10]  # text tokens of each sample
 IMAGES = {"0": [0], "1": [1], "2": [2], "mixed": [1, 0, 2]}

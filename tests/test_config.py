@@ -23,7 +23,7 @@ from llava_prune.train import flag_fields, training_arguments_class
         ({"target_token_num": 200, "target_sparsity": 0.5}, "exactly one .*both"),
         ({"target_token_num": 200, "pruning_layers": (12, 6)}, r"ascending.*\[6, 12\]"),
         ({"target_token_num": 200, "pruning_layers": ()}, "empty"),
-        ({"target_token_num": 200, "pruning_layers": (0, 6)}, "at least 1"),
+        ({"target_token_num": 200, "pruning_layers": (-1, 6)}, "counted from 0"),
         ({"target_token_num": 200, "pruning_layers": 6}, "list"),
         ({"target_sparsity": 1.5}, r"\(0, 1\)"),
         ({"target_token_num": 200, "estimator": "gumbel"}, "gumbel_soft, gumbel_st, sigmoid_st"),
@@ -87,7 +87,7 @@ def test_budget_under_the_floor_is_refused_with_the_floor(tower_folder):
 
 
 def test_layers_out_of_range(tower_folder):
-    with pytest.raises(ValueError, match="6 layers.*1..5"):
+    with pytest.raises(ValueError, match="6 layers.*0..5"):
         attach_pruners(tiny_llava(tower_folder), PruneConfig(pruning_layers=(2, 6), target_token_num=10))
     with pytest.raises(ValueError, match=r"\[-5, -8\] lie outside 2..5"):
         PruneConfig(pruning_layers=(2,), target_token_num=10).disc_layer_indices(6)

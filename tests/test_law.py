@@ -25,11 +25,14 @@ def mergeable(kind, merger, *_):
 
 
 @matrix(MATRIX, mergeable)
-def test_the_law(tower_folder, kind, merger, attention, batch, padding, images, lora, residual):
+def test_the_law(tower_folder, kind, merger, attention, batch, padding, images, lora, residual, first):
     side = "left" if padding == "left" else "right"
     model = with_lora(tiny_llava(tower_folder, attention=attention, padding_side=side, **KINDS[kind]), lora)
     inputs = batch_of(*texts_and_images(batch, images), padding, anyres="anyres" in KINDS[kind])
-    config = settings(use_attn_residual=residual, enable_token_merger=merger, merger_tokens=9, merger_heads=4)
+    layers = (first, 3, 4)
+    config = settings(
+        pruning_layers=layers, use_attn_residual=residual, enable_token_merger=merger, merger_tokens=9, merger_heads=4
+    )
     assert_the_law(model, config, inputs, generate, images != "0")
 
 

@@ -84,8 +84,8 @@ class Generation:
         return self.caches.width(layer) + self.new
 
     def length(self, layer: int) -> int:
-        """Positions so far in the first stage, which masks and positions are counted from; rows in later ones."""
-        return self.prompt_length + self.new if layer < self.caches.spans[0] else self.rows(layer)
+        """Positions so far in layer 0 and its stage, which masks and positions are counted from; else rows."""
+        return self.prompt_length + self.new if layer < max(self.caches.spans[0], 1) else self.rows(layer)
 
 
 def decode(
@@ -114,6 +114,8 @@ def decode(
     steps = torch.arange(hidden.shape[1], device=hidden.device)
     layer = 0
     for stage, span in enumerate(caches.spans):
+        if not span:  # pruners stand before layer 0
+            continue
         place = caches.held[stage][:, None] + steps
         columns = torch.arange(caches.widths[stage] + caches.room, device=hidden.device)
         new = columns - caches.start[stage][:, None]  # (B, capacity), number of the new token in each column

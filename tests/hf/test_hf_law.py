@@ -18,10 +18,13 @@ def mergeable(kind, merger, *_):
 
 
 @matrix(MATRIX, mergeable)
-def test_the_law(kind, merger, attention, batch, padding, images, lora, residual):
+def test_the_law(kind, merger, attention, batch, padding, images, lora, residual, first):
     model = with_lora(tiny(kind, attention), lora)
     inputs = batch_of(model, *texts_and_images(batch, images), padding)
-    config = settings(use_attn_residual=residual, enable_token_merger=merger, merger_tokens=9, merger_heads=4)
+    layers = (first, 3, 4)
+    config = settings(
+        pruning_layers=layers, use_attn_residual=residual, enable_token_merger=merger, merger_tokens=9, merger_heads=4
+    )
     assert_the_law(model, config, inputs, generate, images != "0")
 
 
