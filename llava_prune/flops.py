@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .config import PruneConfig
-from .pruner import PLACE_WIDTH
+from .modules import BLOCK_MULTIPLE
+from .pruner import ORDER_WIDTH, PLACE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,10 @@ def pruner_flops(
         # query and output of its look; key and value
         per_context = r * p + p * r + 2 * r * p
         products = n * per_vision + asked * d * r + context * per_context + 4 * n * context * p + 2 * n * n * near
+        if config.pruner_blocks:
+            rows = n + context
+            block = rows * (4 + 2 * BLOCK_MULTIPLE) * r * r + 2 * rows * rows * r
+            products += config.pruner_blocks * block + context * ORDER_WIDTH * r
         total += 2 * products
         if config.use_attn_residual:
             total += attention_rows_flops(shape, n + text, question)

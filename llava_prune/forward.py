@@ -143,7 +143,7 @@ class LayerForward:
         cos, sin = compat.rotary_tables(self.layer.self_attn, call, hidden, hidden.shape[1])
         tables = (cos.expand(len(hidden), -1, -1), sin.expand(len(hidden), -1, -1))
         return compat.layer_output(
-            self.layer, biased_layer(self.layer, hidden, tables, bias, self.config.compile_layers)
+            self.layer, biased_layer(self.layer, hidden, tables, bias, compiled=self.config.compile_layers)
         )
 
     def _with_mask(self, call: dict[str, Any], record: ForwardRecord) -> Any:

@@ -29,24 +29,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .decoder_layer import Tables, attend, finish, project
+from .flex import causal_flex
 
 HIDDEN = -1e3  # bias of what is not there: a weight of 0 in any dtype, and finite times sqrt(d) in half precision
 CUDA_MULTIPLE = 8  # widths that fused CUDA kernels take
 
 
-def biased_layer(layer: nn.Module, hidden: Tensor, tables: Tables, bias: Tensor, compiled: bool = False) -> Tensor:
-    """One decoder layer whose attention is causal and biased.
+def biased_layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    tables: Tables,
+    bias: Tensor | None,
+    gate: Tensor | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """One decoder layer whose attention is causal.
 
     Args:
         hidden: (B, T, D) entering the layer.
         tables: cos and sin, (B, T, head width).
-        bias: (B, T) fp32, on every key.
+        bias: (B, T) fp32, on every key, or None.
+        gate: (B, T) fp32, times every value, or None.
         compiled: by torch.compile as a whole, at the first shape and once more for all others.
 
     Returns:
         (B, T, D).
     """
-    return (_compiled_layer() if compiled else _layer)(layer, hidden, tables, bias)
+    return (_compiled_layer() if compiled else _layer)(layer, hidden, tables, bias, gate)
 
 
 def check_compilable(decoder: nn.Module) -> None:
@@ -66,13 +75,26 @@ def _compiled_layer() -> Callable[..., Tensor]:
     return torch.compile(_layer)
 
 
-def _layer(layer: nn.Module, hidden: Tensor, tables: Tables, bias: Tensor) -> Tensor:
+def _layer(layer: nn.Module, hidden: Tensor, tables: Tables, bias: Tensor | None, gate: Tensor | None) -> Tensor:
     query, key, value = project(layer, hidden, tables)
+    if gate is not None:
+        value = value * gate[:, None, :, None].to(value.dtype)
+    if bias is None:
+        return finish(layer, hidden, attend(query, key, value, is_causal=True))
     return finish(layer, hidden, biased_attention(query, key, value, bias, is_causal=True))
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, is_causal: bool) -> Tensor:
     """(B, heads, T, d) of attention to S keys with `bias` (B, S) fp32 on them, scaled by 1 / sqrt(d)."""
+    # inside of a program for any length FlexAttention is no faster
+    if is_causal and bias.requires_grad and not torch.compiler.is_compiling():
+        if causal_flex().suits(query, key):
+            return causal_flex()(query, key, value, bias)
+    return by_channels(query, key, value, bias, is_causal)
+
+
+def by_channels(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, is_causal: bool) -> Tensor:
+    """The same in kernels that know of no bias, everywhere."""
     width = query.shape[-1]
     channels = _channels(bias * width**0.5, query.dtype)  # (B, S, 1 or 2)
     total = width + channels.shape[-1]

@@ -12,15 +12,14 @@ LAYERS = (1, 3)
 
 
 def with_slopes(llava, inputs, handle):
-    """Slopes above 0 (layers, B, T) of the answers' log-odds by what is added to each key's scores, and features."""
-    biases, seen = [], {}
+    """Slopes above 0 (layers, B, T) of the answers' log-odds by what each value is multiplied with, and features."""
+    gates, seen = [], {}
 
-    def add(_layer, args, kwargs):
-        mask = kwargs["attention_mask"]
-        biases.append(torch.zeros(len(mask), mask.shape[-1], dtype=mask.dtype, requires_grad=True))
-        return args, {**kwargs, "attention_mask": mask + biases[-1][:, None, None]}
+    def multiply(_projection, _inputs, values):
+        gates.append(torch.ones(values.shape[:2], requires_grad=True))
+        return values * gates[-1][..., None]
 
-    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in handle.decoder.layers]
+    hooks = [layer.self_attn.v_proj.register_forward_hook(multiply) for layer in handle.decoder.layers]
     hooks += [
         layer.register_forward_hook(lambda _m, _i, output, place=place: seen.update({place: output[0].detach()}))
         for place, layer in enumerate(handle.decoder.layers)
@@ -35,7 +34,7 @@ def with_slopes(llava, inputs, handle):
         for place in places[:-1] or places:
             p = logits[row, place - 1].softmax(-1)[labels[row, place]]
             odds = odds + (p / (1 - p)).log()
-    return torch.stack(torch.autograd.grad(odds, biases)).relu(), seen
+    return torch.stack(torch.autograd.grad(odds, gates)).relu(), seen
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])

@@ -67,7 +67,8 @@ def test_half_precision_does_not_round_the_bias(dtype):
     assert error < 2 * torch.finfo(dtype).eps + of_rounding / 2
 
 
-def test_a_compiled_layer_is_the_layer(tower_folder):
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_compiled_layer_is_the_layer(tower_folder, gated):
     """Of any length, in one compilation more than the first; for all layers alike."""
     decoder = tiny_llava(tower_folder).requires_grad_(False).model
     generator = torch.Generator().manual_seed(0)
@@ -78,11 +79,12 @@ def test_a_compiled_layer_is_the_layer(tower_folder):
         tables = tuple(table[:length].expand(2, -1, -1) for table in rotary)
         results = []
         for compiled in (False, True):
-            bias = (-torch.arange(2.0 * length).view(2, length) / length).requires_grad_()
+            learns = (-torch.arange(2.0 * length).view(2, length) / length).requires_grad_()
+            bias_and_gate = (None, learns.exp()) if gated else (learns, None)
             states = hidden
             for layer in decoder.layers:
-                states = biased_layer(layer, states, tables, bias, compiled)
-            results.append((states, *torch.autograd.grad(states.square().sum(), bias)))
+                states = biased_layer(layer, states, tables, *bias_and_gate, compiled)
+            results.append((states, *torch.autograd.grad(states.square().sum(), learns)))
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 

@@ -1,7 +1,7 @@
 """Attention with a soft mask that learns, beside flash attention without a mask: forward and backward, alone.
 
-Ways to give every key a bias with a gradient: a channel more (`soft_attention`, what training uses), a mask argument
-of `scaled_dot_product_attention`, and FlexAttention, which is compiled and is for GPUs alone.
+Ways to give every key a bias with a gradient: what training uses (`soft_attention`: FlexAttention on a GPU), a channel
+more, which needs no compiler, and a mask argument of `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..soft_attention import biased_attention
+from ..soft_attention import biased_attention, by_channels
 from .floors import time_ms
 
 BATCH = 16
-UNMASKED, OURS, MASKED, FLEX = "no mask", "a channel more (ours)", "a mask argument", "FlexAttention"
+UNMASKED, OURS, CHANNELS, MASKED = "no mask", "ours", "a channel more", "a mask argument"
 
 
 def attention_times(heads: int, width: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -41,10 +41,9 @@ def attention_times(heads: int, width: int, length: int, device: torch.device, d
     ways: dict[str, Callable[..., Tensor]] = {
         UNMASKED: _unmasked,
         OURS: partial(biased_attention, is_causal=True),
+        CHANNELS: partial(by_channels, is_causal=True),
         MASKED: _masked,
     }
-    if device.type == "cuda":
-        ways[FLEX] = _flex(length, device)
     times, slopes = {}, {}
     for name, way in ways.items():
         inputs = states if name == UNMASKED else [*states, bias]
@@ -71,21 +70,6 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     future = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     mask = bias.to(query.dtype)[:, None, None].masked_fill(future, torch.finfo(query.dtype).min)
     return F.scaled_dot_product_attention(query, key, value, mask)
-
-
-def _flex(length: int, device: torch.device) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    causal = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return score + bias[b, k]
-
-        return compiled(query, key, value, score_mod=biased, block_mask=causal)
-
-    return attention
 
 
 def print_attention(times: dict[str, float], heads: int, width: int, length: int, console: Any) -> None:
