@@ -60,7 +60,10 @@ FITS = {
     "equal_shares": Fit({"layer_shares": [1, 1, 1, 1]}),
     "layers_1_2_12_20": Fit({"pruning_layers": [1, 2, 12, 20], "layer_shares": [3, 1, 0.5, 0.2]}),
     "layers_0_8_16_24": Fit({"pruning_layers": [0, 8, 16, 24]}),
-    "layers_0_2_8_16": Fit({"pruning_layers": [0, 2, 8, 16], "layer_shares": [2, 1.5, 1, 0.5]}),
+    "layers_0_8_16_24_blocks": Fit({"pruning_layers": [0, 8, 16, 24], "pruner_blocks": 2}),
+    "layers_0_2_8_16_blocks": Fit(
+        {"pruning_layers": [0, 2, 8, 16], "layer_shares": [2, 1.5, 1, 0.5], "pruner_blocks": 2}
+    ),
     "layers_1_2_16_24": Fit({"pruning_layers": [1, 2, 16, 24], "layer_shares": [2.5, 1, 0.5, 0.25]}),
 }
 
