@@ -61,8 +61,8 @@ class PruneConfig:
     pruner_rank: int = _field(128, "width that a pruner compresses the hidden states to before it attends")
     pruner_dim: int = _field(512, "width of a pruner's attention and MLP")
     pruner_heads: int = _field(8, "attention heads of a pruner")
-    pruner_blocks: int = _field(
-        0, "transformer blocks of a pruner over question and vision tokens together, of width pruner_rank"
+    question_blocks: int = _field(
+        0, "transformer blocks in which a pruner reads the question first; before layer 0 its words know no order yet"
     )
     use_question: bool = _field(True, "pruners read the question; if not, they see the picture alone")
     init_keep_logit: float = _field(4.0, "keep logit at the start; 4 keeps 98 % of the tokens at each layer")
@@ -179,7 +179,7 @@ class PruneConfig:
             "guidance_weight",
             "guidance_weight_end",
             "guidance_replays",
-            "pruner_blocks",
+            "question_blocks",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

@@ -36,9 +36,9 @@ class CausalFlex:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """(B, heads, T, d), with `bias` (B, T) fp32 on the keys, scaled by 1 / sqrt(d)."""
         length = query.shape[2]
-        padding = -length % MULTIPLE
-        query, key, value = (F.pad(states, (0, 0, 0, padding)) for states in (query, key, value))
-        bias = F.pad(bias, (0, padding))
+        if padding := -length % MULTIPLE:  # by nothing would copy all the same
+            query, key, value = (F.pad(states, (0, 0, 0, padding)) for states in (query, key, value))
+            bias = F.pad(bias, (0, padding))
         grouped = query.shape[1] != key.shape[1]
         with torch._dynamo.config.patch(recompile_limit=PROGRAMS):  # past it, torch would make every score
             attended = _compiled()(query, key, value, bias, _causal(query.shape[2], query.device), grouped)

@@ -137,10 +137,9 @@ def pruner_flops(
         # query and output of its look; key and value
         per_context = r * p + p * r + 2 * r * p
         products = n * per_vision + asked * d * r + context * per_context + 4 * n * context * p + 2 * n * n * near
-        if config.pruner_blocks:
-            rows = n + context
-            block = rows * (4 + 2 * BLOCK_MULTIPLE) * r * r + 2 * rows * rows * r
-            products += config.pruner_blocks * block + context * ORDER_WIDTH * r
+        if config.question_blocks:
+            block = context * (4 + 2 * BLOCK_MULTIPLE) * r * r + 2 * context * context * r
+            products += config.question_blocks * block + context * ORDER_WIDTH * r
         total += 2 * products
         if config.use_attn_residual:
             total += attention_rows_flops(shape, n + text, question)

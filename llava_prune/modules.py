@@ -76,7 +76,7 @@ class Block(nn.Module):
         self.from_hidden = nn.Linear(BLOCK_MULTIPLE * dim, dim)
 
     def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
-        """(B, S, dim) and an fp32 bias (B, S) of looks at each row -> (B, S, dim)."""
+        """(B, S, dim) and (B, S) bool, False where nobody looks -> (B, S, dim)."""
         normed = self.norm_attention(rows)
         rows = rows + self.attention(normed, normed, mask)
         return rows + self.from_hidden(F.gelu(self.to_hidden(self.norm_hidden(rows))))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .config import PruneConfig
 from .modules import Block, CrossAttention, init_weights
-from .soft_attention import HIDDEN
 
 QUESTION_MULTIPLE = 64  # tokens that a compiled pruner's question is padded to: few lengths, few programs
 PLACE_OCTAVES = 5
@@ -50,9 +49,9 @@ class LayerPruner(nn.Module):
         self.compress = nn.Linear(hidden_size, rank, bias=False)
         self.place = nn.Linear(PLACE_WIDTH, rank, bias=False)
         self.neighbours = CrossAttention(rank, rank, min(rank, dim), config.pruner_heads, output_dim=rank)
-        if config.pruner_blocks:
+        if config.question_blocks:
             self.order = nn.Linear(ORDER_WIDTH, rank, bias=False)
-        self.blocks = nn.ModuleList(Block(rank, config.pruner_heads) for _ in range(config.pruner_blocks))
+        self.blocks = nn.ModuleList(Block(rank, config.pruner_heads) for _ in range(config.question_blocks))
         self.looking = CrossAttention(rank, rank, dim, config.pruner_heads, output_dim=rank)
         self.attention = CrossAttention(rank, rank, dim, config.pruner_heads)
         self.norm_joint = nn.LayerNorm(rank + dim)
@@ -106,7 +105,7 @@ class LayerPruner(nn.Module):
         context = self.compress(self.norm_question(question.to(dtype)))
         context = torch.cat([self.no_question.expand(len(question), -1, -1).to(context.dtype), context], dim=1)
         if self.blocks:
-            context, embedded = self._together(context, mask, embedded, visible)
+            context = self._read(context, mask)
         context = context + self.looking(context, embedded, visible)
         joint = torch.cat([embedded, self.attention(embedded, context, mask)], -1)
         logits = self.joint_logits(F.gelu(self.joint_hidden(self.norm_joint(joint)))).float()
@@ -117,15 +116,13 @@ class LayerPruner(nn.Module):
         margin = self.logit_cap * torch.tanh(margin / self.logit_cap)
         return torch.stack([-margin / 2, margin / 2], -1)
 
-    def _together(self, context: Tensor, mask: Tensor, embedded: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-        """Both after the blocks; words get their order, which they have not before the decoder's first layer."""
+    def _read(self, context: Tensor, mask: Tensor) -> Tensor:
+        """The question after the blocks; its words get their order, which they have not before layer 0."""
         order = torch.arange(context.shape[1], device=context.device) * (2 / ORDER_PERIOD)
         context = context + self.order(waves(order[None, :, None]).to(context.dtype))
-        seen = torch.zeros_like(mask, dtype=visible.dtype).masked_fill(~mask, HIDDEN)
-        rows, seen = torch.cat([context, embedded], 1), torch.cat([seen, visible], 1)
         for block in self.blocks:
-            rows = block(rows, seen)
-        return rows.split([context.shape[1], embedded.shape[1]], 1)
+            context = block(context, mask)
+        return context
 
 
 class PrunerInputs(NamedTuple):

@@ -19,10 +19,10 @@ def assert_keep_all_is_stock(model, handle, inputs, stock):
 
 
 def assert_masked_equals_hard(model, handle, inputs, dtype, label):
-    """Same tokens at every layer and the same text logits, up to the dtype.
+    """Same tokens at every layer and, where they are, the same text logits, up to the dtype.
 
     In half precision a matrix product over fewer rows may round otherwise, so a later pruner may decide otherwise
-    about a token whose keep probability lies on the threshold.
+    about a token whose keep probability lies on the threshold: of few tokens that are left, one changes the logits.
     """
     logits, records = {}, {}
     for mode in ("masked", "hard"):
@@ -30,14 +30,16 @@ def assert_masked_equals_hard(model, handle, inputs, dtype, label):
             logits[mode] = model(**inputs).logits.float()
             records[mode] = handle.state.record
             tokens = last_report(model).tokens_per_layer
-    text = records["hard"].layout.text
-    difference = (logits["masked"] - logits["hard"])[text].abs().max() / logits["masked"][text].abs().max()
     flipped = torch.zeros_like(records["hard"].layout.vision_valid)
     for layer, kept in records["masked"].kept.items():
         others = (kept != records["hard"].kept[layer]) & ~flipped  # what is gone stays gone
         margin = (keep_probability(records["masked"].logits[layer]) - handle.config.threshold).abs()
         assert (margin[others] <= MARGIN[dtype]).all(), (layer, margin[others].tolist())
         flipped |= others
+    same = ~flipped.any(-1)
+    assert same.sum() > len(same) / 2
+    text = records["hard"].layout.text & same[:, None]
+    difference = (logits["masked"] - logits["hard"])[text].abs().max() / logits["masked"][text].abs().max()
     print(
         f"{label} {dtype}: relative difference {difference:.1e}, {int(flipped.sum())} flips, tokens {tokens.tolist()}"
     )

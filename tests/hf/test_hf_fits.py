@@ -22,7 +22,7 @@ def fits(tmp_path_factory):
     words = [part for name, value in few.items() for part in (f"--{name}", str(value))]
     main(["--tiny", "--out", str(out), "--questions", "8", *words])
     (base,), (data,) = out.glob("base-*"), out.glob("data-*")
-    named = {"ours": LEARNER, "layers_1_2_12_20": FITS["layers_1_2_12_20"]}
+    named = {"ours": LEARNER, "layers_1_8_16_24": FITS["layers_1_8_16_24"]}
     return Fits(base, data, out, TINY, named, samples=24, asked=8, workers=0)
 
 

@@ -42,7 +42,7 @@ class DataAmounts:
         seed: other seeds, other data.
     """
 
-    mosaics: int = 4000
+    mosaics: int = 6000
     turns: int = 8
     questions: int = 1000
     seed: int = 0

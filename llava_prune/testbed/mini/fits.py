@@ -54,17 +54,11 @@ FITS = {
     "longer": Fit(steps=6000),
     "large_batch": Fit({"pruner_lr": 2e-3}, batch_size=256),
     "wider": Fit({"pruner_rank": 384, "pruner_dim": 512}),
-    "one_block": Fit({"pruner_blocks": 1}),
-    "two_blocks": Fit({"pruner_blocks": 2}),
+    "question_blocks": Fit({"question_blocks": 2}),
     "no_question": Fit({"use_question": False}),
     "equal_shares": Fit({"layer_shares": [1, 1, 1, 1]}),
-    "layers_1_2_12_20": Fit({"pruning_layers": [1, 2, 12, 20], "layer_shares": [3, 1, 0.5, 0.2]}),
-    "layers_0_8_16_24": Fit({"pruning_layers": [0, 8, 16, 24]}),
-    "layers_0_8_16_24_blocks": Fit({"pruning_layers": [0, 8, 16, 24], "pruner_blocks": 2}),
-    "layers_0_2_8_16_blocks": Fit(
-        {"pruning_layers": [0, 2, 8, 16], "layer_shares": [2, 1.5, 1, 0.5], "pruner_blocks": 2}
-    ),
-    "layers_1_2_16_24": Fit({"pruning_layers": [1, 2, 16, 24], "layer_shares": [2.5, 1, 0.5, 0.25]}),
+    "layers_1_8_16_24": Fit({"pruning_layers": [1, 8, 16, 24]}),
+    "layers_0_2_8_16": Fit({"pruning_layers": [0, 2, 8, 16]}),
 }
 
 

@@ -16,7 +16,7 @@ from .size import MiniSize
 COLLAPSED = "TrainingCollapsed"
 PRESET = "mini"
 # what variants of the main training may differ in: the pruners themselves
-OF_PRUNERS = ("pruning_layers", "layer_shares", "use_question", "use_attn_residual")
+OF_PRUNERS = ("pruning_layers", "layer_shares", "use_question", "question_blocks", "use_attn_residual")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TrainingSettings:
 
     steps: int = 400
     batch_size: int = 16
-    guided_steps: int = 1600
-    guided_batch_size: int = 16
+    guided_steps: int = 1500
+    guided_batch_size: int = 48
     workers: int = 4
     bf16: bool = True
     compile: bool = True
