@@ -50,10 +50,13 @@ def test_a_width_of_heads_that_the_config_names_counts():
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("residual", [False, True])
-def test_language_model_and_pruners_are_what_the_torch_counter_counts(tower_folder, attention, kv_heads, residual):
+@pytest.mark.parametrize(("residual", "first", "blocks"), [(False, 1, 0), (True, 1, 0), (False, 0, 2)])
+def test_language_model_and_pruners_are_what_the_torch_counter_counts(
+    tower_folder, attention, kv_heads, residual, first, blocks
+):
     llava = tiny_llava(tower_folder, attention=attention, kv_heads=kv_heads)
-    config = PruneConfig(**{**SETTINGS.to_dict(), "use_attn_residual": residual})
+    changes = {"use_attn_residual": residual, "pruning_layers": (first, 3), "question_blocks": blocks}
+    config = PruneConfig(**{**SETTINGS.to_dict(), **changes, "layer_shares": (2, 1)})
     handle = attach_pruners(llava, config)
     randomise_pruners(handle)
     inputs = batch_of([9], [1])
@@ -64,7 +67,7 @@ def test_language_model_and_pruners_are_what_the_torch_counter_counts(tower_fold
         everything = float(llm_flops(handle, report, pruned=mode == "hard"))
         assert total(counts, "model.layers.") == everything
         if mode == "hard":
-            assert 0 < len(report.kept[3][0]) < len(report.kept[1][0]) < 16
+            assert 0 < len(report.kept[3][0]) < len(report.kept[first][0]) < 16
             if not residual:  # the residual runs in the decoder layer, by its own projections
                 pruners = float(module_flops(handle, report)["pruners"])
                 assert total(counts, "model.llava_pruners.layers.") == pruners > 0
