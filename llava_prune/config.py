@@ -61,9 +61,6 @@ class PruneConfig:
     pruner_rank: int = _field(128, "width that a pruner compresses the hidden states to before it attends")
     pruner_dim: int = _field(512, "width of a pruner's attention and MLP")
     pruner_heads: int = _field(8, "attention heads of a pruner")
-    question_blocks: int = _field(
-        0, "transformer blocks in which a pruner reads the question first; before layer 0 its words know no order yet"
-    )
     use_question: bool = _field(True, "pruners read the question; if not, they see the picture alone")
     init_keep_logit: float = _field(4.0, "keep logit at the start; 4 keeps 98 % of the tokens at each layer")
     logit_cap: float = _field(6.0, "keep logits lie within plus and minus this, by tanh, so that none is ever settled")
@@ -174,13 +171,7 @@ class PruneConfig:
                 f"init_keep_logit must lie between minus and plus logit_cap, {self.logit_cap:g}, got "
                 f"{self.init_keep_logit:g}"
             )
-        for name in (
-            "gradient_penalty",
-            "guidance_weight",
-            "guidance_weight_end",
-            "guidance_replays",
-            "question_blocks",
-        ):
+        for name in ("gradient_penalty", "guidance_weight", "guidance_weight_end", "guidance_replays"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.guidance_weight and self.enable_token_merger:

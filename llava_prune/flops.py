@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from .config import PruneConfig
-from .modules import BLOCK_MULTIPLE
-from .pruner import ORDER_WIDTH, PLACE_WIDTH
+from .pruner import PLACE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,6 @@ def pruner_flops(
         # query and output of its look; key and value
         per_context = r * p + p * r + 2 * r * p
         products = n * per_vision + asked * d * r + context * per_context + 4 * n * context * p + 2 * n * n * near
-        if config.question_blocks:
-            block = context * (4 + 2 * BLOCK_MULTIPLE) * r * r + 2 * context * context * r
-            products += config.question_blocks * block + context * ORDER_WIDTH * r
         total += 2 * products
         if config.use_attn_residual:
             total += attention_rows_flops(shape, n + text, question)

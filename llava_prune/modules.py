@@ -5,8 +5,6 @@ from torch import Tensor, nn
 
 from .soft_attention import biased_attention
 
-BLOCK_MULTIPLE = 4
-
 
 def init_weights(module: nn.Module) -> None:
     """Initialise every Linear and LayerNorm explicitly.
@@ -62,21 +60,3 @@ class CrossAttention(nn.Module):
                 mask = mask.to(query.dtype)
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_output(attended.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block: rows look at each other, then an MLP of `BLOCK_MULTIPLE` times the width."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.norm_attention = nn.LayerNorm(dim)
-        self.attention = CrossAttention(dim, dim, dim, heads)
-        self.norm_hidden = nn.LayerNorm(dim)
-        self.to_hidden = nn.Linear(dim, BLOCK_MULTIPLE * dim)
-        self.from_hidden = nn.Linear(BLOCK_MULTIPLE * dim, dim)
-
-    def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
-        """(B, S, dim) and (B, S) bool, False where nobody looks -> (B, S, dim)."""
-        normed = self.norm_attention(rows)
-        rows = rows + self.attention(normed, normed, mask)
-        return rows + self.from_hidden(F.gelu(self.to_hidden(self.norm_hidden(rows))))

@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import PruneConfig
-from .modules import Block, CrossAttention, init_weights
+from .modules import CrossAttention, init_weights
 
 QUESTION_MULTIPLE = 64  # tokens that a compiled pruner's question is padded to: few lengths, few programs
 PLACE_OCTAVES = 5
 PLACE_WIDTH = 4 * PLACE_OCTAVES
-ORDER_WIDTH = 2 * PLACE_OCTAVES
-ORDER_PERIOD = 64  # words of a question until their waves repeat
 
 
 class LayerPruner(nn.Module):
@@ -49,9 +47,6 @@ class LayerPruner(nn.Module):
         self.compress = nn.Linear(hidden_size, rank, bias=False)
         self.place = nn.Linear(PLACE_WIDTH, rank, bias=False)
         self.neighbours = CrossAttention(rank, rank, min(rank, dim), config.pruner_heads, output_dim=rank)
-        if config.question_blocks:
-            self.order = nn.Linear(ORDER_WIDTH, rank, bias=False)
-        self.blocks = nn.ModuleList(Block(rank, config.pruner_heads) for _ in range(config.question_blocks))
         self.looking = CrossAttention(rank, rank, dim, config.pruner_heads, output_dim=rank)
         self.attention = CrossAttention(rank, rank, dim, config.pruner_heads)
         self.norm_joint = nn.LayerNorm(rank + dim)
@@ -104,8 +99,6 @@ class LayerPruner(nn.Module):
         embedded = embedded + self.neighbours(normed, normed, visible)
         context = self.compress(self.norm_question(question.to(dtype)))
         context = torch.cat([self.no_question.expand(len(question), -1, -1).to(context.dtype), context], dim=1)
-        if self.blocks:
-            context = self._read(context, mask)
         context = context + self.looking(context, embedded, visible)
         joint = torch.cat([embedded, self.attention(embedded, context, mask)], -1)
         logits = self.joint_logits(F.gelu(self.joint_hidden(self.norm_joint(joint)))).float()
@@ -115,14 +108,6 @@ class LayerPruner(nn.Module):
         # a mask that is sure has no gradient left: where all of a layer are, its pruner learns no more
         margin = self.logit_cap * torch.tanh(margin / self.logit_cap)
         return torch.stack([-margin / 2, margin / 2], -1)
-
-    def _read(self, context: Tensor, mask: Tensor) -> Tensor:
-        """The question after the blocks; its words get their order, which they have not before layer 0."""
-        order = torch.arange(context.shape[1], device=context.device) * (2 / ORDER_PERIOD)
-        context = context + self.order(waves(order[None, :, None]).to(context.dtype))
-        for block in self.blocks:
-            context = block(context, mask)
-        return context
 
 
 class PrunerInputs(NamedTuple):
@@ -156,7 +141,7 @@ def _logits(pruner: nn.Module, *inputs: Tensor | None) -> Tensor:
 
 
 def waves(places: Tensor) -> Tensor:
-    """Sines and cosines of K coordinates (B, N, K), half a period from 0 to 1 and up: (B, N, 2 K `PLACE_OCTAVES`)."""
+    """Sines and cosines of rows and columns (B, N, 2), half a period a picture and up: (B, N, `PLACE_WIDTH`)."""
     octaves = math.pi * 2.0 ** torch.arange(PLACE_OCTAVES, device=places.device)
     angles = (places.float()[..., None] * octaves).flatten(2)
     return torch.cat([angles.sin(), angles.cos()], -1)

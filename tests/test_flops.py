@@ -50,12 +50,12 @@ def test_a_width_of_heads_that_the_config_names_counts():
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize(("residual", "first", "blocks"), [(False, 1, 0), (True, 1, 0), (False, 0, 2)])
+@pytest.mark.parametrize(("residual", "first"), [(False, 1), (True, 1), (False, 0)])
 def test_language_model_and_pruners_are_what_the_torch_counter_counts(
-    tower_folder, attention, kv_heads, residual, first, blocks
+    tower_folder, attention, kv_heads, residual, first
 ):
     llava = tiny_llava(tower_folder, attention=attention, kv_heads=kv_heads)
-    changes = {"use_attn_residual": residual, "pruning_layers": (first, 3), "question_blocks": blocks}
+    changes = {"use_attn_residual": residual, "pruning_layers": (first, 3)}
     config = PruneConfig(**{**SETTINGS.to_dict(), **changes, "layer_shares": (2, 1)})
     handle = attach_pruners(llava, config)
     randomise_pruners(handle)

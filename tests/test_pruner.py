@@ -51,19 +51,6 @@ def test_what_is_not_visible_says_nothing_and_what_is_does():
     torch.testing.assert_close(first(vision, visible.index_fill(1, torch.tensor([3, 4]), HIDDEN)), gone)
 
 
-@pytest.mark.parametrize("blocks", [0, 2])
-@torch.no_grad()
-def test_blocks_read_the_question_in_order_and_padding_not_at_all(blocks):
-    pruner = pruner_of(question_blocks=blocks)
-    *picture, question, valid = inputs_of(3)
-    question[1], question[2] = question[0].flip(0), question[0]
-    question, valid = (torch.cat([part, part.new_zeros(3, 1, *part.shape[2:])], 1) for part in (question, valid))
-    question[2, -1] = 1  # behind the end
-    logits = pruner(*picture, question, valid)
-    assert torch.allclose(logits[0], logits[1], atol=1e-6) == (blocks == 0)
-    torch.testing.assert_close(logits[0], logits[2])
-
-
 @torch.no_grad()
 def test_tokens_are_judged_with_their_neighbours():
     """Where the question learns nothing of the picture, every other token still says something about a token."""

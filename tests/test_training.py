@@ -253,7 +253,7 @@ def test_bad_data_and_settings_stop_before_the_model_is_loaded(testbed, tmp_path
     for flags, message in (
         ({}, "gone.png can not be read"),
         ({"prune_target_token_num": 10}, "floor of 18"),
-        ({"prune_pruning_layers": [2, 8]}, "8 layers, so they must lie in 1..7"),
+        ({"prune_pruning_layers": [2, 8]}, "8 layers, so they must lie in 0..7"),
         ({"prune_config": "mozaic"}, "no prune config 'mozaic'"),
         ({"data_path": tmp_path / "none.json"}, "none.json can not be read"),
     ):

@@ -35,7 +35,6 @@ VARIANTS = {
     MAIN: Variant(),
     # the pruner, in the main training
     "no_question": Variant({"use_question": False}),
-    "question_blocks": Variant({"question_blocks": 2}),
     "attn_residual": Variant({"use_attn_residual": True}),
     "layers_1_8_16_24": Variant({"pruning_layers": [1, 8, 16, 24]}),
     "layers_6_12_18": Variant({"pruning_layers": [6, 12, 18], "layer_shares": [1.5, 1, 0.5]}),

@@ -54,7 +54,6 @@ FITS = {
     "longer": Fit(steps=6000),
     "large_batch": Fit({"pruner_lr": 2e-3}, batch_size=256),
     "wider": Fit({"pruner_rank": 384, "pruner_dim": 512}),
-    "question_blocks": Fit({"question_blocks": 2}),
     "no_question": Fit({"use_question": False}),
     "equal_shares": Fit({"layer_shares": [1, 1, 1, 1]}),
     "layers_1_8_16_24": Fit({"pruning_layers": [1, 8, 16, 24]}),

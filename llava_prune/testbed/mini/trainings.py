@@ -16,7 +16,7 @@ from .size import MiniSize
 COLLAPSED = "TrainingCollapsed"
 PRESET = "mini"
 # what variants of the main training may differ in: the pruners themselves
-OF_PRUNERS = ("pruning_layers", "layer_shares", "use_question", "question_blocks", "use_attn_residual")
+OF_PRUNERS = ("pruning_layers", "layer_shares", "use_question", "use_attn_residual")
 
 
 @dataclass(frozen=True)
