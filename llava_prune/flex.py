@@ -1,7 +1,7 @@
 """FlexAttention with a bias on every key that learns: the fastest way there is, compiled for a few lengths.
 
-Its programs are for one shape each. Compiled for any length, its backward pass takes four times as long (the table in
-`soft_attention`), so lengths are rounded up, and shapes beyond the first `PROGRAMS` are left to others.
+Its programs are for one shape each. Compiled for any length, its backward pass takes two to four times as long (the
+tables in `soft_attention`), so lengths are rounded up, and shapes beyond the first `PROGRAMS` are left to others.
 """
 
 from __future__ import annotations
