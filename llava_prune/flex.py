@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NARROWEST = 128  # head width from which on it is the faster way, see the tables
 MULTIPLE = 64  # lengths are rounded up to; what is added is behind all else, and causal attention hides it
 PROGRAMS = 24  # each takes some seconds to compile, once
 
@@ -24,10 +25,12 @@ class CausalFlex:
         self._shapes: set[tuple] = set()
 
     def suits(self, query: Tensor, key: Tensor) -> bool:
-        """Whether there is a program for these shapes, or may be one more."""
+        """Whether this is the way for these shapes: there is a program for them, or may be one more."""
         if not query.is_cuda or query.shape[2] != key.shape[2] or not available():
             return False
         batch, heads, length, width = query.shape
+        if width < NARROWEST:
+            return False
         shape = (batch, heads, key.shape[1], -(-length // MULTIPLE), width, query.dtype)
         if len(self._shapes) < PROGRAMS:
             self._shapes.add(shape)

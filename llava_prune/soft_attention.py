@@ -1,6 +1,7 @@
 """Attention with a bias on every key that has a gradient.
 
-In training on a GPU FlexAttention does it (`flex`), elsewhere fused kernels that know of no bias: softmax(q k / sqrt(d) + b) is the attention of queries with one more channel, of ones, and of keys with one more, of
+In training on a GPU FlexAttention does it for wide heads (`flex`), elsewhere fused kernels that know of no bias:
+softmax(q k / sqrt(d) + b) is the attention of queries with one more channel, of ones, and of keys with one more, of
 b sqrt(d). So flash attention gives the bias its gradient by way of the keys, and no (B, H, T, T) matrix is made, where
 `scaled_dot_product_attention` with a mask that needs a gradient makes several.
 
@@ -27,8 +28,8 @@ Lengths rounded up to multiples of 64, a program each; another H100, forward and
 | a channel more | 3.45 | 3.47 | 1.47 |
 | a mask argument | 5.63 | 5.70 | 1.06 |
 
-What is between 704 and 690 are the copies that rounding up takes. Small heads would be better off with a mask argument,
-whose memory grows with the square of the length.
+What is between 704 and 690 are the copies that rounding up takes. Narrow heads keep the channel; a mask argument would
+be faster for them here, but its memory grows with the square of the length.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ def test_both_ways_are_the_same(length, key_heads, dtype):
     def drawn(*shape):
         return torch.randn(*shape, generator=generator, device="cuda")
 
-    query = drawn(3, 8, length, 64).to(dtype).requires_grad_()
-    key, value = (drawn(3, key_heads, length, 64).to(dtype).requires_grad_() for _ in range(2))
+    query = drawn(3, 8, length, 128).to(dtype).requires_grad_()
+    key, value = (drawn(3, key_heads, length, 128).to(dtype).requires_grad_() for _ in range(2))
     bias = (-3 * drawn(3, length).abs()).requires_grad_()
-    weights = drawn(3, 8, length, 64).to(dtype)
+    weights = drawn(3, 8, length, 128).to(dtype)
     assert causal_flex().suits(query, key)
     results = []
     for way in (biased_attention, by_channels):
@@ -38,5 +38,6 @@ def test_shapes_beyond_the_programs_are_left_to_channels(monkeypatch):
     if not available():
         pytest.skip("this torch has no FlexAttention")
     monkeypatch.setattr("llava_prune.flex.PROGRAMS", 1)
-    flex, states = CausalFlex(), torch.zeros(1, 1, 300, 64, device="cuda")
+    flex, states = CausalFlex(), torch.zeros(1, 1, 300, 128, device="cuda")
     assert [flex.suits(*[states[:, :, :length]] * 2) for length in (60, 64, 65, 33)] == [True, True, False, True]
+    assert not flex.suits(*[states[..., :64]] * 2)  # narrow heads
