@@ -23,8 +23,8 @@ line (a second 60 below the bar); right of the answers, 98.3 % with all tokens:
 (Of 1,000 questions to another base, 96.7 % with all tokens, 93.9 % with the 46.)
 
 The table is of slopes to a bias on a token's attention. Slopes to its gate rank as well: the best 41, 29 and 22 of 144
-average tokens give 87.9, 85.7 and 85.5 % right on the testbed of the default run, for 88.5, 85.7 and 84.0 % (99.8 % with
-all tokens), and leave attention as fast as it is.
+average tokens give 87.9, 85.7 and 85.5 % right on the testbed of the default run, for 88.5, 85.7 and 84.0 % (99.8 %
+with all tokens), and leave attention as fast as it is.
 
 Slopes speak of the whole picture, where two tokens that say the same are worth half each. Asked again while all but
 the best 256, 128, 64 and 40 average tokens are hidden, and averaged, they order better: 96.5 % right at 64 average
