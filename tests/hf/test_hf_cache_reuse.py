@@ -6,14 +6,15 @@ from law import settings
 from tiny_hf import IMAGE_TOKEN, batch_of, randomise_pruners, tiny
 
 from llava_prune import attach_pruners, prune_mode
+from llava_prune.compat import change_cache
 from llava_prune.patch import find_handle
 
 REFUSED = "prefill the whole prompt again"
 
 
-def with_pruners(kind="llava"):
+def with_pruners(kind="llava", first=1):
     model = tiny(kind)
-    randomise_pruners(attach_pruners(model, settings()))
+    randomise_pruners(attach_pruners(model, settings(pruning_layers=(first, 3, 4))))
     return model
 
 
@@ -31,9 +32,10 @@ def go_on(model, cache, ids, mask=None, **more):
 
 @pytest.mark.parametrize("kind", ["llava", "next-mistral", "onevision"])
 @pytest.mark.parametrize("mode", ["masked", "hard"])
+@pytest.mark.parametrize("first", [1, 0], ids=["layer 1", "layer 0"])
 @pytest.mark.parametrize(("lengths", "images"), [([9], [1]), ([9, 14, 6], [1, 2, 0])], ids=["one", "batch"])
-def test_text_added_to_a_cache_is_what_a_fresh_prefill_gives(kind, lengths, images, mode):
-    model = with_pruners(kind)
+def test_text_added_to_a_cache_is_what_a_fresh_prefill_gives(kind, lengths, images, first, mode):
+    model = with_pruners(kind, first)
     inputs, output = prefill(model, lengths, images, mode)
     state = find_handle(model).state
     kept = state.record.kept
@@ -114,3 +116,23 @@ def test_a_cache_of_an_unpruned_prompt_goes_on_unpruned():
         output = go_on(model, None, ids[:, :4])
         logits = go_on(model, output.past_key_values, ids[:, 4:]).logits
     torch.testing.assert_close(logits, model(input_ids=ids).logits[:, 4:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_layer_0_keeps_a_place_for_what_was_dropped_before_it():
+    model = with_pruners(first=0)
+    _, output = prefill(model, [9])
+    keys = output.past_key_values.layers[0].keys
+    layout, kept = find_handle(model).state.record.layout, find_handle(model).state.record.kept[0]
+    dropped = layout.vision_index[layout.vision_valid & ~kept]
+    assert 0 < len(dropped) < layout.vision.sum()
+    empty = (keys == 0).all(-1).all(1)[0].nonzero().flatten()
+    assert torch.equal(empty, dropped) and keys.shape[2] == layout.valid.shape[1]
+
+
+def test_a_cache_that_keeps_states_otherwise_is_refused_before_layer_0():
+    class Other:
+        layers = [object()]
+
+    with pytest.raises(ValueError, match="a object keeps them otherwise.*prune from layer 1 on"):
+        change_cache(Other, 0, torch.clone)
