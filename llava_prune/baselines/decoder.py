@@ -22,7 +22,7 @@ class DecoderBaseline:
 
     Attributes:
         name: as in `attach_baseline`.
-        layers: pruning layers, ascending.
+        layers: pruning layers, ascending, from 1 on; a ValueError otherwise.
         watched: an earlier layer whose inputs `watch` is shown, or None.
         min_keep: tokens that every pruning layer keeps at least.
     """
@@ -34,6 +34,11 @@ class DecoderBaseline:
     def __init__(self, handle: BaselineHandle, layers: tuple[int, ...]):
         self.num_layers = handle.num_layers
         self.layers = tuple(layers)
+        if self.layers and self.layers[0] < 1:
+            raise ValueError(
+                f"{self.name}: the first layer to drop tokens before must be at least 1, not {self.layers[0]}: what "
+                "decides was attended in the layers before it"
+            )
 
     def fractions(self, tokens: int, average: float) -> tuple[float, ...] | None:
         """Shares in which the pruning layers divide the budget, None for equal counts."""
