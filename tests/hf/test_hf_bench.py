@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava_prune.bench.attention import MASKED, OURS, UNMASKED
+from llava_prune.bench.attention import CHANNELS, MASKED, OURS, UNMASKED
 from llava_prune.bench.inference import BASELINES
 from llava_prune.bench.training import PARTS
 from llava_prune.cli import main
@@ -51,7 +51,10 @@ def test_a_step_of_training_is_taken_apart(tmp_path, capsys):
     main(["bench", "training", *arguments, "--json", str(file)])
     printed, written = capsys.readouterr().out, json.loads(file.read_text())
     assert all(part in printed for part in PARTS)
-    assert set(written["attention_ms"]) == {UNMASKED, OURS, MASKED} and min(written["attention_ms"].values()) > 0
+    assert (
+        set(written["attention_ms"]) == {UNMASKED, OURS, CHANNELS, MASKED}
+        and min(written["attention_ms"].values()) > 0
+    )
     written = written["steps"]
     assert set(written["pruners"]["parts_ms"]) == set(PARTS)
     assert set(written["lora"]["parts_ms"]) == set(PARTS) - {"real forward", "discriminator"}
