@@ -1,4 +1,4 @@
-"""FlexAttention with a bias on every key that learns: the fastest way there is, compiled for a few lengths.
+"""FlexAttention with a bias on every key that learns: the fastest way for wide heads, compiled for a few lengths.
 
 Its programs are for one shape each. Compiled for any length, its backward pass takes two to four times as long (the
 tables in `soft_attention`), so lengths are rounded up, and shapes beyond the first `PROGRAMS` are left to others.

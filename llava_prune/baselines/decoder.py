@@ -22,7 +22,7 @@ class DecoderBaseline:
 
     Attributes:
         name: as in `attach_baseline`.
-        layers: pruning layers, ascending, from 1 on; a ValueError otherwise.
+        layers: pruning layers, ascending, from 1 on.
         watched: an earlier layer whose inputs `watch` is shown, or None.
         min_keep: tokens that every pruning layer keeps at least.
     """
@@ -32,6 +32,7 @@ class DecoderBaseline:
     min_keep = 1
 
     def __init__(self, handle: BaselineHandle, layers: tuple[int, ...]):
+        """Raises ValueError if layer 0 is among `layers`."""
         self.num_layers = handle.num_layers
         self.layers = tuple(layers)
         if self.layers and self.layers[0] < 1:
