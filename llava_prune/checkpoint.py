@@ -224,8 +224,11 @@ def load_pruners(
     return handle
 
 
-def start_from(model: nn.Module, directory: str | Path) -> None:
+def start_from(model: nn.Module, directory: str | Path) -> dict[str, Any]:
     """Give attached pruners the weights of others, whose budget, losses and estimator may have been others.
+
+    Returns:
+        The others' description, as `read_description`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_pruners`, or pruners of other layers or sizes than those attached.
@@ -240,6 +243,7 @@ def start_from(model: nn.Module, directory: str | Path) -> None:
             "without prune_start"
         )
     _copy_weights(handle.pruners, weights, directory)
+    return description
 
 
 def _copy_weights(pruners: nn.Module, weights: dict[str, Tensor], directory: str | Path) -> None:

@@ -127,6 +127,12 @@ class PruneConfig:
     pruner_weight_decay: float = _field(0.0, "weight decay of pruners and merger")
     disc_lr: float = _field(1e-4, "learning rate of the discriminator")
     train_base: bool = _field(False, "train the language model and projector too (LoRA trains its own either way)")
+    train_pruners: bool = _field(
+        True, "train the pruners; if not, LoRA or the base learns to answer from what pruners of prune_start keep"
+    )
+    token_num_range: tuple[float, ...] | None = _field(
+        None, "average tokens per image of a step without train_pruners, drawn between these two; default: the target"
+    )
     compile_layers: bool = _field(
         False, "compile decoder layers, and pruners under guidance alone, for training; not under ZeRO-3"
     )
@@ -220,6 +226,16 @@ class PruneConfig:
         for name in ("pruner_dim", "pruner_rank"):
             if getattr(self, name) % self.pruner_heads:
                 raise ValueError(f"{name} {getattr(self, name)} must be divisible by pruner_heads {self.pruner_heads}")
+        if self.token_num_range is not None:
+            ends = tuple(float(end) for end in self.token_num_range)
+            object.__setattr__(self, "token_num_range", ends)
+            if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
+                raise ValueError(f"token_num_range {list(ends)}: name the fewest and the most average tokens, above 0")
+            if self.train_pruners or self.selection != "topk":
+                raise ValueError(
+                    "token_num_range is for exact budgets of a training that leaves pruners as they are: set "
+                    "selection to 'topk' and train_pruners to False"
+                )
         if self.estimator == "topk_st" and self.selection != "topk":
             raise ValueError("estimator 'topk_st' keeps exact counts: set selection to 'topk'")
         if self.layer_shares is not None:
@@ -285,7 +301,8 @@ class PruneConfig:
                 "vision tokens. Raise the target or prune at an earlier layer"
             )
         if self.selection == "topk":  # every pruning layer keeps min_keep on top
-            layer_counts(vision_tokens, target, self.pruning_layers, num_layers, self.layer_shares, self.min_keep)
+            least = min([target, *(self.token_num_range or ())])
+            layer_counts(vision_tokens, least, self.pruning_layers, num_layers, self.layer_shares, self.min_keep)
 
     # ---- reading and writing
 

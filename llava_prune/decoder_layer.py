@@ -35,21 +35,27 @@ def _mlp(mlp: nn.Module, normed: Tensor) -> Tensor:
     return mlp(normed)
 
 
+def _pruner(pruner: nn.Module, *inputs: Tensor | None) -> Tensor:
+    return pruner(*inputs)
+
+
 @dataclass(frozen=True)
 class Parts:
-    """Steps of a layer, which something else may do in fewer kernels.
+    """Steps of a layer and before it, which something else may do in fewer kernels.
 
     Attributes:
         norm: (norm, hidden) -> normed.
         add_norm: (norm, hidden, added) -> their sum, and that normed.
         rotate: (query, key, cos, sin) -> both rotated.
         mlp: (mlp, normed) -> its output.
+        pruner: (pruner, *`PrunerInputs`) -> logits.
     """
 
     norm: Callable[..., Tensor] = _norm
     add_norm: Callable[..., tuple[Tensor, Tensor]] = _add_norm
     rotate: Callable[..., tuple[Tensor, Tensor]] = _rotate
     mlp: Callable[..., Tensor] = _mlp
+    pruner: Callable[..., Tensor] = _pruner
 
 
 PLAIN = Parts()

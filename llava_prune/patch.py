@@ -87,7 +87,7 @@ class PruneHandle:
         config = self.config
         if config.selection == "threshold":
             return None
-        average = config.target_token_num
+        average = self.state.target_token_num or config.target_token_num
         average = (1 - config.target_sparsity) * tokens if average is None else average * images
         average = tokens + (average - tokens) * self.state.target_ease
         shares = self.state.keep_fractions or config.layer_shares

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_rows import attention_of_rows
+from .decoder_layer import PLAIN, Parts
 from .drop import Rows
 from .layout import TokenLayout, gather_rows
 from .masks import keep_probability
@@ -140,8 +141,8 @@ class PrunerScorer:
     def __init__(self, pruner: nn.Module):
         self.pruner = pruner
 
-    def __call__(self, view: LayerView) -> Scores:
-        logits = self.pruner(*self.inputs(view))
+    def __call__(self, view: LayerView, parts: Parts = PLAIN) -> Scores:
+        logits = parts.pruner(self.pruner, *self.inputs(view))
         return Scores(keep_probability(logits), logits)
 
     def inputs(self, view: LayerView) -> PrunerInputs:

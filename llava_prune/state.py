@@ -104,6 +104,7 @@ class PruneState:
     mode: str = "origin"
     temperature: float = 1.0
     target_ease: float = 1.0  # of exact budgets in training: 0 keeps all, 1 holds to the target
+    target_token_num: float | None = None  # of this step, in place of the configured one
     keep_fractions: tuple[float, ...] | None = None  # of each pruning layer, late in training
     feature_layers: tuple[int, ...] = ()
     guided: bool = False  # the unpruned pass that follows asks what the answer depends on

@@ -18,6 +18,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import compat
+from .adaptation import adaptation_metrics, adapting, check_adaptation
 from .adversary import Adversary
 from .checkpoint import read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
@@ -53,17 +54,23 @@ class PruneTrainerMixin:
         set_seed(args.seed)  # the host seeds later than the pruners are made
         self.prune_handle = attach_pruners(model, self.prune)
         if args.prune_start is not None:
-            start_from(model, args.prune_start)
+            description = start_from(model, args.prune_start)
+            if not self.prune.train_pruners:
+                self._share_as(description)
         if (args.bf16 or args.fp16) and not args.deepspeed:
             # DeepSpeed keeps fp32 copies of what it trains; without it small steps would be rounded away
             self.prune_handle.pruners.float()
         state = self.prune_handle.state
         num_layers = self.prune_handle.num_layers
-        if self.prune.alignment == "kl":
+        if not self.prune.train_pruners:
+            pass  # nothing is aligned
+        elif self.prune.alignment == "kl":
             state.feature_layers = (num_layers - 1,)
         elif self.prune.alignment != "none":
             state.feature_layers = self.prune.disc_layer_indices(num_layers)
         self.lora = bool(getattr(args, "lora_enable", False))
+        if not self.prune.train_pruners:
+            check_adaptation(self.prune, args.prune_start, self.lora)
         _set_trainable(model, self.prune_handle.pruners, self.prune, self.lora)
         if self.prune.compile_layers:
             check_compilable(self.prune_handle.decoder)
@@ -80,7 +87,7 @@ class PruneTrainerMixin:
         with compat.as_model_with_adapters(model):
             super().__init__(model=model, args=args, **kwargs)
         self.adversary = None
-        if self.prune.alignment == "gan":
+        if self.prune.train_pruners and self.prune.alignment == "gan":
             self.adversary = Adversary(
                 self.prune_handle.hidden_size, len(state.feature_layers), self.prune, args.device
             )
@@ -101,9 +108,9 @@ class PruneTrainerMixin:
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in ids]
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-            optimizer.add_param_group(
-                {"params": own, "lr": self.prune.pruner_lr, "weight_decay": self.prune.pruner_weight_decay}
-            )
+            if own:
+                rates = {"lr": self.prune.pruner_lr, "weight_decay": self.prune.pruner_weight_decay}
+                optimizer.add_param_group({"params": own, **rates})
         return optimizer
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +123,10 @@ class PruneTrainerMixin:
         return schedule(self.prune, self.state.global_step, self.state.max_steps)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Generator step inside the engine, then the discriminator's outside of it."""
+        """Generator step inside the engine, then the discriminator's outside of it; or a step of adaptation."""
+        if not self.prune.train_pruners:
+            with adapting(self.prune_handle):
+                return super().training_step(model, inputs, *args, **kwargs)
         values = self._schedule()
         state = self.prune_handle.state
         state.temperature, state.target_ease = values.temperature, values.target_ease
@@ -141,6 +151,9 @@ class PruneTrainerMixin:
         # a cache would keep every key and value, and 5.x switches it off in the outer config alone
         outputs = model(**inputs, use_cache=False)
         record = state.record
+        if not self.prune.train_pruners:
+            self._note(adaptation_metrics(outputs.loss, record, self.prune_handle.num_layers))
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
         if values.guidance_only:
             loss = values.guidance_weight * self._guidance_alone(record)
             return (loss, outputs) if return_outputs else loss
@@ -373,6 +386,10 @@ class PruneTrainerMixin:
                 f"{checkpoint} was written with other settings of {changed}: use another output_dir, or remove the "
                 "checkpoints to train anew"
             )
+        self._share_as(description)
+
+    def _share_as(self, description: dict[str, Any]) -> None:
+        """Layers share exact budgets as those of a checkpoint did late in its training."""
         fractions = description.get("keep_fractions")
         self.prune_handle.state.keep_fractions = None if fractions is None else tuple(fractions)
 
@@ -404,7 +421,7 @@ def _set_trainable(model: nn.Module, pruners: nn.Module, config: PruneConfig, lo
             # gradients through frozen layers before the first pruner would keep their activations for nothing
             model.disable_input_require_grads()
     for name, parameter in pruners.named_parameters():
-        parameter.requires_grad_(flags[name])
+        parameter.requires_grad_(flags[name] and config.train_pruners)
 
 
 def _match_vision_dtype(model: nn.Module, args: Any) -> None:

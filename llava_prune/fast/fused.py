@@ -1,4 +1,4 @@
-"""What a layer does between its matrix products, in one kernel each.
+"""What layers and pruners do between their matrix products, in one kernel each.
 
 The stock modules are traced by torch.compile as they are, with their rounding between steps; a norm's sum and the
 exponential of an activation may still differ in the last bit.
@@ -35,7 +35,8 @@ def fused_parts(backend: Any = "inductor") -> Parts:
     def mlp(module: nn.Module, normed: Tensor) -> Tensor:
         return module.down_proj(gated(module.act_fn, module.gate_proj(normed), module.up_proj(normed)))
 
-    return Parts(compiled(PLAIN.norm), compiled(PLAIN.add_norm), compiled(PLAIN.rotate), mlp)
+    steps = (compiled(step) for step in (PLAIN.norm, PLAIN.add_norm, PLAIN.rotate))
+    return Parts(*steps, mlp, compiled(PLAIN.pruner))
 
 
 def _gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:

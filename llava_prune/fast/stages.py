@@ -17,7 +17,7 @@ from ..decoder_layer import Parts, Tables
 from ..drop import Rows
 from ..forward import LayerForward, marked, placed
 from ..layout import gather_rows, padded_index, replace_rows
-from ..scoring import LayerView
+from ..scoring import LayerView, PrunerScorer
 from ..state import ForwardRecord
 from .arena import CacheView
 from .layers import prompt_layer
@@ -129,7 +129,8 @@ class Stage:
         call = {"hidden_states": hidden, "position_embeddings": tables}
         layer = self.layers[self.end]
         view = LayerView(layer, call, record, rows, valid, None, vision_index, alive, *question, counts)
-        scores = self.decision.scorer(view)
+        scorer = self.decision.scorer
+        scores = scorer(view, self.parts) if isinstance(scorer, PrunerScorer) else scorer(view)
         chosen = self.decision.select(scores.value, view)
         if scores.vision is not None:
             hidden = replace_rows(hidden, vision_index, alive, scores.vision)
