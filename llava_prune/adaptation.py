@@ -1,20 +1,19 @@
 """Adaptation: LoRA or the base learns to answer from the tokens that trained pruners keep.
 
 A model that was trained with every vision token misses what is dropped, whatever is kept. Here pruners stay as they
-are, tokens are removed as in inference, and the answer's cross-entropy alone trains, at budgets drawn anew for every
-step: one adapter serves them all, and a step takes the time of the tokens that are left.
+are and tokens are removed as in inference, at budgets drawn anew for every step, so that one adapter serves them all.
+The answer's cross-entropy trains, beside the adversary (or another alignment) with the unpruned pass of the base as it
+was before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import PruneConfig
-from .patch import PruneHandle, prune_mode
 from .state import ForwardRecord
 
 
@@ -28,28 +27,22 @@ def check_adaptation(config: PruneConfig, start: str | None, lora: bool) -> None
 
 def drawn_budget(config: PruneConfig) -> float | None:
     """Average tokens per image of a step, log-uniform in `token_num_range`; None where the target holds."""
-    if config.token_num_range is None:
+    if config.train_pruners or config.token_num_range is None:
         return None
     low, high = config.token_num_range
-    return round(low * (high / low) ** float(torch.rand(())), 1)
+    return low * (high / low) ** float(torch.rand(()))
 
 
-@contextmanager
-def adapting(handle: PruneHandle) -> Iterator[None]:
-    """A step, its backward pass too: the model in mode `hard`, at a budget of its own."""
-    state = handle.state
-    state.target_token_num, state.loss_only = drawn_budget(handle.config), True
-    try:
-        with prune_mode(handle.model, "hard"):
-            yield
-    finally:
-        state.target_token_num, state.loss_only, state.record = None, False, None
-
-
-def adaptation_metrics(loss: Tensor, record: ForwardRecord, num_layers: int) -> dict[str, Tensor]:
-    """What a step notes: the loss, and the share of the vision tokens that entered the layers."""
+def kept_metrics(record: ForwardRecord, num_layers: int) -> dict[str, Tensor]:
+    """What a step notes: the share of the vision tokens that entered the layers, mean over samples with an image."""
     counts = record.layout.vision_counts
     with_image = counts > 0
     average = record.tokens_per_layer(num_layers).float().mean(-1)
-    ratio = (average / counts.clamp(min=1) * with_image).sum() / with_image.sum().clamp(min=1)
-    return {"loss/task": loss, "prune/kept_ratio": ratio, "prune/with_image": with_image.any()}
+    share = (average / counts.clamp(min=1) * with_image).sum() / with_image.sum().clamp(min=1)
+    return {"prune/kept_share": share, "prune/with_image": with_image.any()}
+
+
+def without_adapters(model: nn.Module) -> AbstractContextManager[None]:
+    """Within the block the base answers as it did before LoRA; a base that is trained itself as it does now."""
+    disable = getattr(model, "disable_adapter", None)
+    return nullcontext() if disable is None else disable()

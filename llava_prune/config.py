@@ -231,11 +231,8 @@ class PruneConfig:
             object.__setattr__(self, "token_num_range", ends)
             if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
                 raise ValueError(f"token_num_range {list(ends)}: name the fewest and the most average tokens, above 0")
-            if self.train_pruners or self.selection != "topk":
-                raise ValueError(
-                    "token_num_range is for exact budgets of a training that leaves pruners as they are: set "
-                    "selection to 'topk' and train_pruners to False"
-                )
+            if self.selection != "topk":
+                raise ValueError("token_num_range is of exact budgets: set selection to 'topk', or leave it out")
         if self.estimator == "topk_st" and self.selection != "topk":
             raise ValueError("estimator 'topk_st' keeps exact counts: set selection to 'topk'")
         if self.layer_shares is not None:
@@ -301,7 +298,7 @@ class PruneConfig:
                 "vision tokens. Raise the target or prune at an earlier layer"
             )
         if self.selection == "topk":  # every pruning layer keeps min_keep on top
-            least = min([target, *(self.token_num_range or ())])
+            least = target if self.train_pruners else min([target, *(self.token_num_range or ())])
             layer_counts(vision_tokens, least, self.pruning_layers, num_layers, self.layer_shares, self.min_keep)
 
     # ---- reading and writing

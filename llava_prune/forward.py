@@ -163,9 +163,7 @@ class LayerForward:
     def _decide(self, call: dict[str, Any], record: ForwardRecord) -> tuple[Tensor, Tensor]:
         """Score, select and record; returns the cumulative mask and what stays, (B, N)."""
         hidden, layout = call["hidden_states"], record.layout
-        restarted = self.state.feature_layers or self.state.guided
-        if self.index == self.pruning_layers[0] and restarted and record.prefix is None:
-            record.prefix = _detached(call)
+        self._record_prefix(call, record)
         before = [layer for layer in self.pruning_layers if layer < self.index]
         past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()
         past_kept = record.kept[before[-1]] if before else layout.vision_valid
@@ -203,6 +201,12 @@ class LayerForward:
         if scores.logits is not None:
             record.probabilities.setdefault(self.index, scores.value.detach().masked_fill(~past_kept, float("nan")))
         return cumulative, keep
+
+    def _record_prefix(self, call: dict[str, Any], record: ForwardRecord) -> None:
+        """Keep what enters the first pruning layer, if the unpruned pass is to start from it."""
+        restarted = self.state.feature_layers or self.state.guided
+        if self.index == self.pruning_layers[0] and restarted and record.prefix is None:
+            record.prefix = _detached(call)
 
     def _decide_masks(self, call: dict[str, Any], record: ForwardRecord) -> Tensor | None:
         cumulative, keep = self._decide(call, record)
@@ -266,14 +270,21 @@ class LayerForward:
         if self.index == 0 and not rows.complete(record.prefill_length):
             # the host counts positions by this layer's cache
             compat.change_cache(compat.cache_of(call), 0, partial(rows.scatter, length=record.prefill_length))
-        if self.last and not rows.complete(record.prefill_length):
+        wanted = self.index in self.state.feature_layers
+        if (self.last or wanted) and not rows.complete(record.prefill_length):
             full = rows.scatter(compat.hidden_states_of(output), record.prefill_length)
-            output = compat.with_hidden_states(output, full)
+            if self.last:
+                output = compat.with_hidden_states(output, full)
+        else:
+            full = compat.hidden_states_of(output)
+        if wanted:
+            record.features.setdefault(self.index, full)
         return output
 
     def _drop(self, call: dict[str, Any], record: ForwardRecord) -> None:
         """Decide for the rows still present, and remove what this layer drops from `call["hidden_states"]`."""
         hidden, layout = call["hidden_states"], record.layout
+        self._record_prefix(call, record)
         before = [layer for layer in self.pruning_layers if layer < self.index]
         rows = record.rows[before[-1]] if before else Rows.full(*hidden.shape[:2], hidden.device)
         past_kept = record.kept[before[-1]] if before else layout.vision_valid

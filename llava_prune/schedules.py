@@ -17,7 +17,7 @@ class ScheduleValues:
     """What the schedules say at one moment.
 
     `guidance_only` while guidance alone trains; `target_ease` is 0 while everything may be kept and 1 once the target
-    holds in full.
+    holds in full; `mode` is that of the pruned pass: soft, masked, or hard where pruners stay as they are.
     """
 
     guidance_only: bool
@@ -27,7 +27,7 @@ class ScheduleValues:
     adversarial_weight: float
     guidance_weight: float
     target_ease: float
-    masked: bool
+    mode: str
 
 
 def schedule(config: PruneConfig, step: int, max_steps: int) -> ScheduleValues:
@@ -35,17 +35,18 @@ def schedule(config: PruneConfig, step: int, max_steps: int) -> ScheduleValues:
 
     What is scheduled is scheduled over the steps after those of guidance alone.
     """
-    alone = round(max_steps * config.guidance_only_ratio)
+    alone = round(max_steps * config.guidance_only_ratio) if config.train_pruners else 0
     progress = max(step - alone, 0) / max(max_steps - alone, 1)
     done = min(progress / config.temperature_anneal_ratio, 1.0) if config.temperature_anneal_ratio > 0 else 1.0
     ratio = config.loss_weight_warmup_ratio
     guidance = cosine(config.guidance_weight, config.guidance_weight_end, progress, config.guidance_ratio)
+    masked = step >= alone + round((max_steps - alone) * (1 - config.final_masked_ratio))
     return ScheduleValues(
         guidance_only=step < alone,
         temperature=config.temperature_start * (config.temperature_end / config.temperature_start) ** done,
         task_weight=cosine(config.task_weight_start, config.task_weight_end, progress, ratio),
         adversarial_weight=cosine(config.adversarial_weight_start, config.adversarial_weight_end, progress, ratio),
-        guidance_weight=config.guidance_weight if step < alone else guidance,
-        target_ease=cosine(0.0, 1.0, progress, config.target_warmup_ratio),
-        masked=step >= alone + round((max_steps - alone) * (1 - config.final_masked_ratio)),
+        guidance_weight=(config.guidance_weight if step < alone else guidance) if config.train_pruners else 0.0,
+        target_ease=cosine(0.0, 1.0, progress, config.target_warmup_ratio) if config.train_pruners else 1.0,
+        mode=("masked" if masked else "soft") if config.train_pruners else "hard",
     )

@@ -136,6 +136,7 @@ def check_before_loading(module: Any) -> None:
     """Parse the command line and read the data before the model is loaded; raises ValueError."""
     import transformers
 
+    from .adaptation import check_adaptation
     from .compat import check_8bit_lora
     from .data_check import check_training_data
 
@@ -153,6 +154,8 @@ def check_before_loading(module: Any) -> None:
     training_args.prune.check_layers(base.num_hidden_layers)
     if training_args.prune.alignment in ("gan", "mse", "mean_var"):
         training_args.prune.disc_layer_indices(base.num_hidden_layers)
+    if not training_args.prune.train_pruners:
+        check_adaptation(training_args.prune, training_args.prune_start, training_args.lora_enable)
     if training_args.bits == 8 and training_args.lora_enable:
         check_8bit_lora()
     if training_args.local_rank in (-1, 0):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import compat
-from .adaptation import adaptation_metrics, adapting, check_adaptation
+from .adaptation import check_adaptation, drawn_budget, kept_metrics, without_adapters
 from .adversary import Adversary
 from .checkpoint import read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
@@ -62,9 +63,7 @@ class PruneTrainerMixin:
             self.prune_handle.pruners.float()
         state = self.prune_handle.state
         num_layers = self.prune_handle.num_layers
-        if not self.prune.train_pruners:
-            pass  # nothing is aligned
-        elif self.prune.alignment == "kl":
+        if self.prune.alignment == "kl":
             state.feature_layers = (num_layers - 1,)
         elif self.prune.alignment != "none":
             state.feature_layers = self.prune.disc_layer_indices(num_layers)
@@ -87,7 +86,7 @@ class PruneTrainerMixin:
         with compat.as_model_with_adapters(model):
             super().__init__(model=model, args=args, **kwargs)
         self.adversary = None
-        if self.prune.train_pruners and self.prune.alignment == "gan":
+        if self.prune.alignment == "gan":
             self.adversary = Adversary(
                 self.prune_handle.hidden_size, len(state.feature_layers), self.prune, args.device
             )
@@ -123,24 +122,22 @@ class PruneTrainerMixin:
         return schedule(self.prune, self.state.global_step, self.state.max_steps)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Generator step inside the engine, then the discriminator's outside of it; or a step of adaptation."""
-        if not self.prune.train_pruners:
-            with adapting(self.prune_handle):
-                return super().training_step(model, inputs, *args, **kwargs)
+        """Generator step inside the engine, then the discriminator's outside of it."""
         values = self._schedule()
         state = self.prune_handle.state
         state.temperature, state.target_ease = values.temperature, values.target_ease
         state.guided, state.prefix_only = values.guidance_weight > 0, values.guidance_only
         state.loss_only = self.prune.alignment != "kl"
+        state.target_token_num = drawn_budget(self.prune)
         # the mode must hold through the backward pass, where checkpointed layers run again
-        with prune_mode(self.model, "masked" if values.masked else "soft"):
+        with prune_mode(self.model, values.mode):
             loss = super().training_step(model, inputs, *args, **kwargs)
         state.loss_only = state.guided = state.prefix_only = False
         if not values.guidance_only:
             self._replay = None  # gigabytes
             if self.adversary is not None:
                 self._train_adversary()
-        state.record, state.target_ease = None, 1.0
+        state.record, state.target_ease, state.target_token_num = None, 1.0, None
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
@@ -151,13 +148,14 @@ class PruneTrainerMixin:
         # a cache would keep every key and value, and 5.x switches it off in the outer config alone
         outputs = model(**inputs, use_cache=False)
         record = state.record
-        if not self.prune.train_pruners:
-            self._note(adaptation_metrics(outputs.loss, record, self.prune_handle.num_layers))
-            return (outputs.loss, outputs) if return_outputs else outputs.loss
         if values.guidance_only:
             loss = values.guidance_weight * self._guidance_alone(record)
             return (loss, outputs) if return_outputs else loss
-        terms, metrics = budget_terms(self.prune, record, self.prune_handle.num_layers, values.target_ease)
+        num_layers = self.prune_handle.num_layers
+        if self.prune.train_pruners:
+            terms, metrics = budget_terms(self.prune, record, num_layers, values.target_ease)
+        else:
+            terms, metrics = {}, kept_metrics(record, num_layers)
         terms["task"] = outputs.loss
         if state.feature_layers or state.guided:
             real, real_index, shares = self._unpruned(record, inputs)
@@ -188,7 +186,8 @@ class PruneTrainerMixin:
             return *self._features_without_merger(inputs), {}
         index, _ = padded_index(record.layout.text_after_image)
         if not state.guided:
-            return handle.unpruned_features(record), index, {}
+            with without_adapters(self.model) if not self.prune.train_pruners else nullcontext():
+                return handle.unpruned_features(record), index, {}
         head, layers = self.model.get_output_embeddings(), self.prune.pruning_layers
         compiled = self.prune.compile_layers
         unpruned = guided_pass(handle.decoder, head, record, layers, state.feature_layers, compiled)

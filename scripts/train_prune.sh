@@ -7,6 +7,7 @@
 # The real recipe, in the shape of LLaVA's own finetune_task.sh:
 #   MODEL=liuhaotian/llava-v1.5-7b DATA=llava_v1_5_mix665k.json IMAGES=playground/data GPUS=8 ZERO=3 PRESET=avg128 \
 #       bash scripts/train_prune.sh
+# ADAPT=DIR leaves the pruners in DIR as they are and trains LoRA to answer from what they keep.
 # LORA=1 trains LoRA adapters beside the pruners, BITS=4 (or 8) loads the base quantised, HOSTFILE=FILE runs on
 # several machines. Arguments of this script go to the training as they are: bash scripts/train_prune.sh --seed 1
 set -euo pipefail
@@ -21,12 +22,13 @@ OUT=${OUT:-}                           # empty: a folder under outputs/ named af
 GPUS=${GPUS:-}                         # processes on this machine; empty: all GPUs, or 2 on a CPU
 ZERO=${ZERO:-2}                        # 2, 3, 2_offload or 3_offload
 PRESET=${PRESET:-}                     # a preset's name or a YAML file
-LORA=${LORA:-0}                        # 1: LoRA on the language model too
+ADAPT=${ADAPT:-}                       # folder of trained pruners: LoRA adapts to them, with the same PRESET
+LORA=${LORA:-$([ -n "$ADAPT" ] && echo 1 || echo 0)}   # 1: LoRA on the language model too
 BITS=${BITS:-16}                       # 4 or 8: quantised base
 HOSTFILE=${HOSTFILE:-}                 # DeepSpeed's list of machines
 PORT=${PORT:-29500}
 
-NAME=${MODEL:+$(basename "$MODEL")-}prune
+NAME=${MODEL:+$(basename "$MODEL")-}$([ -n "$ADAPT" ] && echo adapted || echo prune)
 [ "$SEED" = 0 ] || NAME=$NAME-seed$SEED
 if [ "$LORA" = 1 ]; then
     # LLaVA's loader tells a LoRA checkpoint by its folder's name
@@ -51,8 +53,13 @@ else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 
+if [ -n "$ADAPT" ]; then
+    LR=${LR:-$([ -n "$MODEL" ] && echo 2e-4 || echo 1e-3)}   # of LLaVA's own LoRA recipe; of the testbed
+fi
 if [ -z "$MODEL" ]; then
-    TESTBED=$OUT/testbed
+    TESTBED=${ADAPT:-$OUT}/testbed
+    LORA_R=${LORA_R:-32}
+    LORA_ALPHA=${LORA_ALPHA:-64}
     python -m llava_prune.testbed.prepare --out "$TESTBED" --train "${TRAIN_SAMPLES:-4000}" --test "${TEST_QUESTIONS:-600}"
     MODEL=$TESTBED/llava-mosaic-tiny
     DATA=$TESTBED/train.json
@@ -78,6 +85,10 @@ LORA_FLAGS=()
 if [ "$LORA" = 1 ]; then
     LORA_FLAGS=(--lora_enable True --lora_r "${LORA_R:-128}" --lora_alpha "${LORA_ALPHA:-256}" --mm_projector_lr 2e-5)
 fi
+ADAPT_FLAGS=()
+if [ -n "$ADAPT" ]; then
+    ADAPT_FLAGS=(--prune_start "$ADAPT" --prune_train_pruners False)
+fi
 LAUNCHER=(deepspeed --master_port "$PORT")
 if [ -n "$HOSTFILE" ]; then
     LAUNCHER+=(--hostfile "$HOSTFILE")
@@ -89,6 +100,7 @@ fi
     --deepspeed "zero_configs/zero$ZERO.json" \
     --prune_config "${PRESET:-default}" \
     "${LORA_FLAGS[@]}" \
+    "${ADAPT_FLAGS[@]}" \
     --bits "$BITS" \
     --model_name_or_path "$MODEL" \
     --version v1 \
@@ -134,12 +146,15 @@ if [ -z "$TESTBED" ]; then
 fi
 
 evaluate() {
+    local checkpoint=("${CHECKPOINT[@]}")
+    # what an adapted model is measured against is the base as it was
+    [ "$1" != origin ] || [ -z "$ADAPT" ] || checkpoint=(--model-path "$MODEL")
     python -m llava_prune run \
         --pruners "$OUT" \
         --mode "$1" \
         --report "$OUT/$1.report.jsonl" \
         -m llava.eval.model_vqa_loader \
-        "${CHECKPOINT[@]}" \
+        "${checkpoint[@]}" \
         --image-folder "$IMAGES" \
         --question-file "$TESTBED/test.jsonl" \
         --answers-file "$OUT/$1.jsonl" \

@@ -133,10 +133,10 @@ def test_schedules():
     values = [schedule(begun, step, 100) for step in (0, 49, 50, 89, 90)]
     assert [value.guidance_only for value in values] == [True, True, False, False, False]
     assert [value.guidance_weight for value in values] == [4, 4, 0, 0, 0]
-    assert [value.masked for value in values] == [False, False, False, False, True]
+    assert [value.mode for value in values] == ["soft"] * 4 + ["masked"]
     assert values[2].target_ease == 0 and values[2].temperature == pytest.approx(0.99), "the rest starts here"
     assert start.target_ease == 0 and middle.target_ease == pytest.approx(1)
-    assert [schedule(config, step, 100).masked for step in (74, 75)] == [False, True]
+    assert [schedule(config, step, 100).mode for step in (74, 75)] == ["soft", "masked"]
     assert cosine(1, 3, 0.25, 0.5) == pytest.approx(2)
 
 

@@ -19,7 +19,7 @@ from llava_prune.config import PruneConfig
 from llava_prune.data_hf import ConversationDataset
 from llava_prune.testbed.base_data import paint_batch
 from llava_prune.testbed.mini.__main__ import main
-from llava_prune.testbed.mini.ablations import MAIN, SECOND, VARIANTS, chosen
+from llava_prune.testbed.mini.ablations import ADAPTED, MAIN, SECOND, VARIANTS, chosen
 from llava_prune.testbed.mini.assemble import assemble, save
 from llava_prune.testbed.mini.conversations import ALL_KINDS, Conversations, conversation_ids, said
 from llava_prune.testbed.mini.data import DataAmounts, plain_questions, transfer_sets, write_data
@@ -319,7 +319,22 @@ def words(out, *more):
     given = ["--tiny", "--out", out, "--projector_steps", 3, "--base_steps", 3, "--base_batch_size", 2]
     given += ["--base_workers", 0, "--steps", 2]
     given += ["--batch_size", 2, "--guided_steps", 2, "--guided_batch_size", 2, "--workers", 0, "--mosaics", 4]
-    given += ["--questions", 4, "--seeds", 0, "--budgets", 12, "--methods", "uniform,visionzip", "--jobs", 1]
+    given += [
+        "--adapted_steps",
+        2,
+        "--adapted_batch_size",
+        2,
+        "--questions",
+        4,
+        "--seeds",
+        0,
+        "--budgets",
+        12,
+        "--methods",
+        "uniform,visionzip",
+        "--jobs",
+        1,
+    ]
     return [str(word) for word in (*given, *more)]
 
 
@@ -328,7 +343,8 @@ def test_the_whole_pipeline_once(tmp_path, capfd, monkeypatch):
     main(words(tmp_path, "--all", "--skip_times", "--pack", tmp_path / "packed"))
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["origin", "uniform", "visionzip", "ours, exactly"]
+    assert list(rows) == ["origin", "uniform", "visionzip", "ours, exactly", "ours, adapted"]
+    assert rows["ours, adapted"]["average_tokens"] == rows["ours, exactly"]["average_tokens"]
     assert rows["ours, exactly"]["average_tokens"] <= 12 and rows["origin"]["average_tokens"] == 36
     assert rows["ours, exactly"]["best_baseline"] and results["stability"]["12"]["collapsed"] == 0
     assert (tmp_path / "results.png").stat().st_size > 10_000
@@ -386,7 +402,8 @@ def test_variants_differ_in_one_thing_and_fit_the_real_model(tmp_path):
     planned = Trainings(tmp_path, base, "key", tmp_path / "data", REAL, TrainingSettings())
     folders, unreachable = {}, []
     for name, variant in VARIANTS.items():
-        own = {key: value for key, value in variant.prune.items() if SECOND.get(key) != value}
+        usual = {**SECOND, **VARIANTS[ADAPTED].prune} if name != ADAPTED else SECOND
+        own = {key: value for key, value in variant.prune.items() if usual.get(key) != value}
         assert len(own) + bool(variant.flags) <= (2 if variant.start else 3)  # one thing, and what it needs
         try:
             folders[name] = planned.plan(name, 64, 0).job.folder
@@ -399,6 +416,8 @@ def test_variants_differ_in_one_thing_and_fit_the_real_model(tmp_path):
     assert planned.plan("gan", 32, 0).job.folder != folders["gan"]
     assert planned.plan("gan", 64, 0).start.folder == folders[MAIN] != planned.plan(MAIN, 64, 1).job.folder
     assert planned.plan("no_start", 64, 0).start is None
+    adapted = planned.plan(ADAPTED, 32, 0)
+    assert adapted.job.folder == folders[ADAPTED] and adapted.start.folder == folders[MAIN] and adapted.lora
     longer = replace(planned, settings=TrainingSettings(guided_steps=9))
     assert (
         folders[MAIN] != longer.plan(MAIN, 64, 0).job.folder and folders["gan"] != longer.plan("gan", 64, 0).job.folder

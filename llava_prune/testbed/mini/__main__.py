@@ -66,6 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
     trained.add_argument("--batch_size", type=int, default=settings.batch_size, help="questions a step")
     trained.add_argument("--guided_steps", type=int, default=settings.guided_steps, help="of each main training")
     trained.add_argument("--guided_batch_size", type=int, default=settings.guided_batch_size, help="questions a step")
+    trained.add_argument("--adapted_steps", type=int, default=settings.adapted_steps, help="of each adaptation")
+    trained.add_argument(
+        "--adapted_batch_size", type=int, default=settings.adapted_batch_size, help="questions a step"
+    )
     trained.add_argument("--workers", type=int, default=settings.workers, help="processes of each that read pictures")
     trained.add_argument("--fit_samples", type=int, default=4000, help="questions that fits learn from")
     data, amounts = parser.add_argument_group("data"), DataAmounts()
@@ -95,7 +99,15 @@ def main(argv: list[str] | None = None) -> None:
         )
         gpu = torch.cuda.is_available()
         settings = TrainingSettings(
-            args.steps, args.batch_size, args.guided_steps, args.guided_batch_size, args.workers, bf16=gpu, compile=gpu
+            steps=args.steps,
+            batch_size=args.batch_size,
+            guided_steps=args.guided_steps,
+            guided_batch_size=args.guided_batch_size,
+            adapted_steps=args.adapted_steps,
+            adapted_batch_size=args.adapted_batch_size,
+            workers=args.workers,
+            bf16=gpu,
+            compile=gpu,
         )
         amounts = DataAmounts(mosaics=args.mosaics, questions=args.questions)
         plan = Plan(

@@ -23,12 +23,18 @@ class Variant:
 
 
 MAIN = "ours"
+ADAPTED = "adapted"
 # of a second training, on masks and every loss but guidance, that starts from the pruners of the main one
 SECOND = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-4, "target_warmup_ratio": 0.1}
 
 
 def _second(flags: dict[str, Any] | None = None, start: bool = True, **prune: Any) -> Variant:
     return Variant({**SECOND, **prune}, flags or {}, start)
+
+
+def _adapted(**prune: Any) -> Variant:
+    flags = {"lora_enable": True, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0, "learning_rate": 3e-4}
+    return Variant({"train_pruners": False, **prune}, flags)
 
 
 VARIANTS = {
@@ -63,6 +69,11 @@ VARIANTS = {
     "gumbel_soft": _second(start=False, pruner_lr=1e-3, estimator="gumbel_soft", selection="threshold"),
     "gumbel_st": _second(start=False, pruner_lr=1e-3, estimator="gumbel_st", selection="threshold"),
     "sigmoid_st": _second(start=False, pruner_lr=1e-3, estimator="sigmoid_st", selection="threshold"),
+    # pruners stay as the main training made them, and LoRA learns to answer from what they keep, at every budget
+    ADAPTED: _adapted(),
+    "adapted_without_adversary": _adapted(alignment="none"),
+    "adapted_mse": _adapted(alignment="mse"),
+    "adapted_kl": _adapted(alignment="kl"),
     # what else is trained
     "lora": _second({"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4}),
     "merger": _second(start=False, pruner_lr=1e-3, enable_token_merger=True),

@@ -40,11 +40,11 @@ def plan_comparison(
     questions: str,
     trainings: list[Training],
     methods: str,
-    budget: float,
+    budgets: tuple[float, ...],
     number: int | None = None,
     timed: int = 0,
 ) -> Comparison:
-    """Methods and pruners at one budget on one set of questions.
+    """Methods and pruners at some budgets on one set of questions.
 
     Args:
         folder: of all comparisons.
@@ -59,9 +59,10 @@ def plan_comparison(
     """
     named = {f"{training.variant}-s{training.seed}": training for training in trainings}
     keys = [training.job.folder.name for training in trainings]
-    what = [model.name, data.name, questions, keys, methods, budget, number, timed, sources(*COMPARING)]
-    out = folder / f"{questions}-{budget:g}-{digest(*what)}"
-    words = ["compare", "--model", model, "--stack", "hf", "--methods", methods, "--budgets", f"{budget:g}"]
+    what = [model.name, data.name, questions, keys, methods, budgets, number, timed, sources(*COMPARING)]
+    out = folder / f"{questions}-{'-'.join(f'{budget:g}' for budget in budgets)}-{digest(*what)}"
+    words = ["compare", "--model", model, "--stack", "hf", "--methods", methods]
+    words += ["--budgets", ",".join(f"{budget:g}" for budget in budgets)]
     words += ["--question-file", data / f"{questions}.jsonl", "--answers", data / f"{questions}_answers.jsonl"]
     words += ["--image-folder", data, "--batch_size", BATCH_SIZE, "--max_new_tokens", LONGEST_ANSWER, "--out", out]
     words += ["--timed", timed, "--warmup", 1, "--repeats", 3]

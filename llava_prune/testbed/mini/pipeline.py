@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .ablations import MAIN
+from .ablations import ADAPTED, MAIN
 from .base import BaseTraining, train_base, unpack_base
 from .comparisons import Comparison, plan_comparison
 from .data import RECORD, DataAmounts, transfer_sets, write_data
@@ -130,7 +130,7 @@ class Mini:
     def comparison(self, name: str, questions: str, trainings: list[Training], **changes: Any) -> Comparison:
         """Planned; pruners that collapsed are left out."""
         finished = [training for training in trainings if not training.collapsed]
-        settings = {"model": self.base, "methods": self.plan.methods, "budget": self.plan.ablated, **changes}
+        settings = {"model": self.base, "methods": self.plan.methods, "budgets": (self.plan.ablated,), **changes}
         return plan_comparison(
             self.out / "compared", data=self.data, name=name, questions=questions, trainings=finished, **settings
         )
@@ -149,21 +149,29 @@ class Mini:
 
         budgets, seeds = self.plan.budgets, self.plan.seeds
         trainings = {budget: [self.training(MAIN, budget, seed) for seed in seeds] for budget in budgets}
-        self.train([training for row in trainings.values() for training in row])
+        adapted = [self.training(ADAPTED, self.plan.ablated, seed) for seed in seeds]
+        self.train([*(training for row in trainings.values() for training in row), *adapted])
         compared = {
-            budget: self.comparison(f"compare at {budget:g}", "test", row, budget=budget)
+            budget: self.comparison(f"compare at {budget:g}", "test", row, budgets=(budget,))
             for budget, row in trainings.items()
         }
-        self._run("comparisons", [comparison.job for comparison in compared.values()], self.plan.jobs)
+        alone = {"methods": "none", "budgets": budgets}  # each adapter is a base of its own
+        with_lora = [
+            self.comparison(f"compare {ADAPTED}, seed {row.seed}", "test", [row], model=row.job.folder, **alone)
+            for row in adapted
+            if not row.collapsed
+        ]
+        jobs = [comparison.job for comparison in (*compared.values(), *with_lora)]
+        self._run("comparisons", jobs, self.plan.jobs)
         timings = {}
         if times:
             few = {"number": min(TIMED_QUESTIONS, self.amounts.questions), "timed": TIMED}
             for budget, row in trainings.items():
                 one = [training for training in row if not training.collapsed][:1]
-                timings[budget] = self.comparison(f"times at {budget:g}", "test", one, budget=budget, **few)
+                timings[budget] = self.comparison(f"times at {budget:g}", "test", one, budgets=(budget,), **few)
             # one after the other: side by side they would time each other
             self._run("times", [comparison.job for comparison in timings.values()], 1)
-        write_results(self.out, self.size, self.amounts.questions, trainings, compared, timings)
+        write_results(self.out, self.size, self.amounts.questions, trainings, compared, with_lora, timings)
 
     def transfer(self) -> None:
         """The main pruners, trained on one grid, on every other set; `transfer.*` in the output folder."""

@@ -12,7 +12,7 @@ from ...checkpoint import write_atomically
 from ...comparing.cells import BASELINE, ORIGIN, PRUNERS
 from ...comparing.plot import draw_compare
 from ...comparing.summary import Row
-from .ablations import MAIN
+from .ablations import ADAPTED, MAIN
 from .comparisons import Comparison
 from .intervals import of_seeds, of_share
 from .size import MiniSize
@@ -22,6 +22,8 @@ WIDTH = 180  # columns of a screen that the tables need
 NOTES = (
     "ours: pruners trained for the budget. 'exactly': the best tokens of each question up to the budget; 'threshold': "
     "as trained, so that questions share the budget",
+    "adapted: the same pruners, and LoRA on the base that learned to answer from what they keep, one for all budgets; "
+    "'of origin' is of the base without it",
     "intervals are of 95 %: of ours Student's over the seeds, of the others Wilson's over the questions",
     "against best: percentage points to the best baseline of the budget, and of each seed the paired interval over "
     "the questions",
@@ -34,6 +36,7 @@ def write_results(
     questions: int,
     trainings: dict[float, list[Training]],
     compared: dict[float, Comparison],
+    adapted: list[Comparison],
     timings: dict[float, Comparison],
 ) -> None:
     """`results.json`, `results.csv`, `results.png` and the table on the screen."""
@@ -45,6 +48,7 @@ def write_results(
             lines.append(_line_of(rows[0], None, questions))
         lines += [_line_of(row, budget, questions) for row in rows if row["kind"] == BASELINE]
         lines += _lines_of_ours(rows, budget, comparison)
+        lines += _line_of_adapted(adapted, budget, rows)
         for line in lines:
             if line["budget"] == budget and (timed := times.get(line["method"])):
                 line["prefill_ms"], line["prefill_origin_ms"] = timed["prefill_ms"], timed["prefill_origin_ms"]
@@ -93,11 +97,7 @@ def _line_of(row: dict[str, Any], budget: float | None, questions: int) -> dict[
 
 def _lines_of_ours(rows: list[dict[str, Any]], budget: float, comparison: Comparison) -> list[dict[str, Any]]:
     """At the budget exactly, and by threshold if trained so; a line of either over the seeds that did not collapse."""
-    best = max(
-        (row for row in rows if row["kind"] == BASELINE and row["reason"] is None),
-        key=lambda row: row["accuracy"],
-        default=None,
-    )
+    best = _best_baseline(rows)
     lines = []
     by_threshold = any(training.selection == "threshold" for training in comparison.trainings.values())
     for exactly in (True, False) if by_threshold else (True,):
@@ -117,6 +117,30 @@ def _lines_of_ours(rows: list[dict[str, Any]], budget: float, comparison: Compar
             line["versus_best_seeds"] = [row["versus_best"] for row in ours if row["versus_best"]]
         lines.append(line)
     return lines
+
+
+def _line_of_adapted(adapted: list[Comparison], budget: float, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the seeds, as a share of the base's own origin, beside the best baseline on the base."""
+    found = [row for comparison in adapted for row in comparison.rows()]
+    ours = [row for row in found if row["kind"] == PRUNERS and row["budget"] == budget and row["reason"] is None]
+    if not ours:
+        return []
+    accuracy, low, high = of_seeds([row["accuracy"] for row in ours])
+    origin = next(row["accuracy"] for row in rows if row["kind"] == ORIGIN)
+    line = _line_of(ours[0], budget, 1)
+    line |= {"method": f"{MAIN}, {ADAPTED}", "seeds": len(ours), "accuracy": accuracy, "agreement": None}
+    line |= {"accuracy_low": low, "accuracy_high": high, "of_origin": accuracy / origin if origin else None}
+    for name in ("average_tokens", "llm_flops"):
+        line[name] = mean(row[name] for row in ours)
+    if (best := _best_baseline(rows)) is not None:
+        line["best_baseline"], line["versus_best"] = best["method"], accuracy - best["accuracy"]
+        line["versus_best_seeds"] = []
+    return [line]
+
+
+def _best_baseline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    reached = (row for row in rows if row["kind"] == BASELINE and row["reason"] is None)
+    return max(reached, key=lambda row: row["accuracy"], default=None)
 
 
 def write_transfer(out: Path, questions: int, compared: dict[str, Comparison]) -> None:

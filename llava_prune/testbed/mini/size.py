@@ -71,6 +71,7 @@ TINY = MiniSize(
     prune={
         "pruning_layers": (1, 2, 3),
         "layer_shares": (1.5, 1, 0.5),
+        "token_num_range": (12, 18),
         "disc_layers": (-1,),
         "pruner_rank": 16,
         "pruner_dim": 16,

@@ -28,6 +28,8 @@ class TrainingSettings:
         batch_size: questions a step of that.
         guided_steps: of the main training, by guidance alone, which all budgets of a seed share.
         guided_batch_size: questions a step of that.
+        adapted_steps: of an adaptation to the pruners of a seed, which all budgets share.
+        adapted_batch_size: questions a step of that.
         workers: processes that prepare pictures, of each training.
         bf16: bf16 base under autocast.
         compile: the decoder's layers, but of LoRA.
@@ -37,6 +39,8 @@ class TrainingSettings:
     batch_size: int = 16
     guided_steps: int = 1500
     guided_batch_size: int = 48
+    adapted_steps: int = 400
+    adapted_batch_size: int = 64
     workers: int = 4
     bf16: bool = True
     compile: bool = True
@@ -102,6 +106,9 @@ class Trainings:
         """
         chosen, settings = VARIANTS[variant], self.settings
         prune = {**self.size.prune, **chosen.prune, "target_token_num": budget}
+        adapts = not prune.get("train_pruners", True)
+        if adapts:  # one training for all budgets
+            prune["target_token_num"] = self.size.ablated
         if prune.get("enable_token_merger"):
             prune.setdefault("merger_tokens", self.size.vision_tokens // 4)
         config = PruneConfig.load(PRESET, prune)
@@ -115,10 +122,13 @@ class Trainings:
             name = f"guided {variant}, seed {seed}"
             guided = self._job(name, seed, own, settings.guided_steps, settings.guided_batch_size, {})
             flags["prune_start"] = guided.folder
-        if config.guidance_only_ratio == 1:
+        if config.guidance_only_ratio == 1 and not adapts:
             return Training(variant, budget, seed, guided, None, False, config.selection)
-        name = f"{variant} at {budget:g}, seed {seed}"
-        job = self._job(name, seed, prune, settings.steps, settings.batch_size, flags)
+        if adapts:
+            name, steps, batch_size = f"{variant}, seed {seed}", settings.adapted_steps, settings.adapted_batch_size
+        else:
+            name, steps, batch_size = f"{variant} at {budget:g}, seed {seed}", settings.steps, settings.batch_size
+        job = self._job(name, seed, prune, steps, batch_size, flags)
         return Training(variant, budget, seed, job, guided, "lora_enable" in flags, config.selection)
 
     def _job(
