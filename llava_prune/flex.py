@@ -56,7 +56,7 @@ class CausalFlex:
         with torch._dynamo.config.patch(recompile_limit=PROGRAMS):  # past it, torch would make every score
             mask = _causal(query.shape[2], query.device)
             attended = _compiled(_fits_blocks(query))(query, key, value, bias, mask, grouped)
-        return attended[:, :, :length]
+        return attended[:, :, :length] if padding else attended  # a slice's gradient is a copy too
 
 
 @cache
