@@ -2,8 +2,16 @@
 
 A model that was trained with every vision token misses what is dropped, whatever is kept. Here pruners stay as they
 are and tokens are removed as in inference, at budgets drawn anew for every step, so that one adapter serves them all.
-The answer's cross-entropy trains, beside the adversary (or another alignment) with the unpruned pass of the base as it
-was before.
+The answer's cross-entropy trains, beside an alignment with the unpruned pass of the base as it was before.
+
+On the testbed of the default run, 600 held-back questions, pruners of `mosaic_guided`, seed 0, 240 steps at 5e-4:
+
+| average tokens of 144 | 144 | 41 | 29 | 14 |
+|---|---|---|---|---|
+| the base | 99.7 % | 97.8 % | 94.3 % | 52.7 % |
+| adapted, no alignment | 97.7 % | 98.5 % | 98.0 % | 89.5 % |
+| adapted, kl | 98.3 % | 99.2 % | 98.3 % | 89.8 % |
+| adapted, gan, weight 1 | 97.5 % | 98.5 % | 97.7 % | 86.3 % |
 """
 
 from __future__ import annotations

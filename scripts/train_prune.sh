@@ -54,7 +54,7 @@ else
 fi
 
 if [ -n "$ADAPT" ]; then
-    LR=${LR:-$([ -n "$MODEL" ] && echo 2e-4 || echo 1e-3)}   # of LLaVA's own LoRA recipe; of the testbed
+    LR=${LR:-$([ -n "$MODEL" ] && echo 2e-4 || echo 5e-4)}   # of LLaVA's own LoRA recipe; of the testbed
 fi
 if [ -z "$MODEL" ]; then
     TESTBED=${ADAPT:-$OUT}/testbed

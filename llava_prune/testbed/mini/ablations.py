@@ -34,7 +34,7 @@ def _second(flags: dict[str, Any] | None = None, start: bool = True, **prune: An
 
 def _adapted(**prune: Any) -> Variant:
     flags = {"lora_enable": True, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0, "learning_rate": 3e-4}
-    return Variant({"train_pruners": False, **prune}, flags)
+    return Variant({"train_pruners": False, "alignment": "kl", **prune}, flags)
 
 
 VARIANTS = {
@@ -71,9 +71,9 @@ VARIANTS = {
     "sigmoid_st": _second(start=False, pruner_lr=1e-3, estimator="sigmoid_st", selection="threshold"),
     # pruners stay as the main training made them, and LoRA learns to answer from what they keep, at every budget
     ADAPTED: _adapted(),
-    "adapted_without_adversary": _adapted(alignment="none"),
+    "adapted_no_alignment": _adapted(alignment="none"),
     "adapted_mse": _adapted(alignment="mse"),
-    "adapted_kl": _adapted(alignment="kl"),
+    "adapted_gan": _adapted(alignment="gan"),
     # what else is trained
     "lora": _second({"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4}),
     "merger": _second(start=False, pruner_lr=1e-3, enable_token_merger=True),
