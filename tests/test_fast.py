@@ -10,13 +10,14 @@ from law import matrix, settings, texts_and_images, with_lora
 from test_law import KINDS
 from tiny import batch_of, generate, randomise_pruners, tiny_llava
 
-from llava_prune import attach_pruners, last_report, prune_mode
+from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
 from llava_prune.baselines import METHODS, attach_baseline
 from llava_prune.compat import find_decoder
 from llava_prune.decoder_layer import PLAIN
 from llava_prune.fast import accelerate
 from llava_prune.fast.fused import fused_parts
 from llava_prune.patch import find_handle, set_mode
+from llava_prune.pruner import LayerPruner
 from llava_prune.run import attach_as_asked, build_parser
 
 
@@ -238,22 +239,28 @@ def test_fused_steps_are_the_stock_ones_in_few_compilations():
     fused = fused_parts(counter)
     norms = [LlamaRMSNorm(16) for _ in range(12)]  # of more layers than torch.compile tries again for
     mlps = [LlamaMLP(LlamaConfig(hidden_size=16, intermediate_size=24)) for _ in range(12)]
-    for norm, mlp in zip(norms, mlps, strict=True):
+    config = PruneConfig(target_token_num=4, pruner_rank=8, pruner_dim=8, pruner_heads=2)
+    pruners = [LayerPruner(16, config) for _ in range(12)]
+    for norm, mlp, pruner in zip(norms, mlps, pruners, strict=True):
         norm.weight.copy_(torch.randn(16))
         for batch, rows in ((1, 1), (1, 9), (3, 1), (3, 12)):
             hidden, added = torch.randn(2, batch, rows, 16)
             query, key = torch.randn(batch, rows, 4, 8).transpose(1, 2), torch.randn(batch, rows, 2, 8).transpose(1, 2)
             tables = torch.randn(2, batch, rows, 8).unbind()
-            given = (norm, mlp, hidden, added, query, key, tables)
+            question, asked = torch.randn(batch, rows + 3, 16), torch.ones(batch, rows + 3).bool()
+            seen = (torch.rand(batch, rows, 2), torch.zeros(batch, rows), question, asked)
+            given = (norm, mlp, pruner, hidden, added, query, key, tables, seen)
             for found, expected in zip(_steps(fused, *given), _steps(PLAIN, *given), strict=True):
                 assert torch.equal(found, expected)
-    assert counter.frame_count <= 4 * 4, "one for each step, and for one or more samples and rows"
+    # one for each step, and for one or more samples and rows; torch starts the first of the pruner over
+    assert counter.frame_count <= 5 * 4 + 1
     for dtype in (torch.float64, torch.bfloat16, torch.float16):  # past the limit of compilations
         for batch, rows in ((1, 1), (1, 9), (3, 1), (3, 12)):
             norm, hidden = LlamaRMSNorm(16).to(dtype), torch.randn(batch, rows, 16, dtype=dtype)
             assert torch.equal(fused_parts("aot_eager").norm(norm, hidden), norm(hidden))
 
 
-def _steps(parts, norm, mlp, hidden, added, query, key, tables):
+def _steps(parts, norm, mlp, pruner, hidden, added, query, key, tables, seen):
     rotated = parts.rotate(query, key, *tables)
-    return [parts.norm(norm, hidden), *parts.add_norm(norm, hidden, added), *rotated, parts.mlp(mlp, hidden)]
+    logits = parts.pruner(pruner, hidden, *seen, None)
+    return [parts.norm(norm, hidden), *parts.add_norm(norm, hidden, added), *rotated, parts.mlp(mlp, hidden), logits]
