@@ -127,7 +127,7 @@ class PruneTrainerMixin:
         state = self.prune_handle.state
         state.temperature, state.target_ease = values.temperature, values.target_ease
         state.guided, state.prefix_only = values.guidance_weight > 0, values.guidance_only
-        state.loss_only = self.prune.alignment != "kl"
+        state.loss_only = True
         state.target_token_num = drawn_budget(self.prune)
         # the mode must hold through the backward pass, where checkpointed layers run again
         with prune_mode(self.model, values.mode):
@@ -163,7 +163,7 @@ class PruneTrainerMixin:
                 valid = record.layout.vision_valid
                 terms["guidance"] = mean_guidance(record.logits, {k: (share, valid) for k, share in shares.items()})
             if state.feature_layers:
-                terms["adversarial"] = self._alignment(record, real, real_index, outputs)
+                terms["adversarial"] = self._alignment(record, real, real_index)
         weights = {
             "task": values.task_weight,
             "adversarial": values.adversarial_weight,
@@ -207,9 +207,7 @@ class PruneTrainerMixin:
         self._note({"loss/guidance": term, "prune/with_image": (record.layout.vision_counts > 0).any()})
         return term
 
-    def _alignment(
-        self, record: ForwardRecord, real_features: dict[int, Tensor], real_index: Tensor, outputs: Any
-    ) -> Tensor:
+    def _alignment(self, record: ForwardRecord, real_features: dict[int, Tensor], real_index: Tensor) -> Tensor:
         """The term that holds pruned text hidden states (or logits) to the unpruned ones."""
         config, state = self.prune, self.prune_handle.state
         index, mask = padded_index(record.layout.text_after_image)
@@ -220,12 +218,10 @@ class PruneTrainerMixin:
         if config.alignment == "mean_var":
             return mean_var_loss(fake, real, mask)
         if config.alignment == "kl":
-            head = self.model.get_output_embeddings()
+            head, norm = self.model.get_output_embeddings(), self.prune_handle.decoder.norm
             with torch.no_grad():
-                real_logits = head(self.prune_handle.decoder.norm(real[-1]))
-            # with a merger, Hugging Face's classes still hand logits back at the places of input_ids
-            place = index if compat.find_llava(self.model) is not None else real_index
-            return kl_loss(gather_rows(outputs.logits, place), real_logits, mask)
+                real_logits = head(norm(real[-1]))
+            return kl_loss(head(norm(fake[-1])), real_logits, mask)
         weights = (record.layout.vision_counts > 0).float()
         self._features = (real, [x.detach() for x in fake], mask, weights)
         return self.adversary.generator_loss(real, fake, mask, weights)
