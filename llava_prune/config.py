@@ -231,7 +231,7 @@ class PruneConfig:
             object.__setattr__(self, "token_num_range", ends)
             if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
                 raise ValueError(f"token_num_range {list(ends)}: name the fewest and the most average tokens, above 0")
-            if self.selection != "topk":
+            if self.selection != "topk" and not self.train_pruners:
                 raise ValueError("token_num_range is of exact budgets: set selection to 'topk', or leave it out")
         if self.estimator == "topk_st" and self.selection != "topk":
             raise ValueError("estimator 'topk_st' keeps exact counts: set selection to 'topk'")

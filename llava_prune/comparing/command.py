@@ -73,7 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
     timing.add_argument("--warmup", type=int, default=2, help="calls of each that are thrown away")
     timing.add_argument("--repeats", type=int, default=5, help="timed calls of each")
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs/compare"), help="folder of the cells, compare.csv, .json and .png"
+        "--out", type=Path, default=Path("outputs/compare"), help="folder of compare.csv, .json and .png"
+    )
+    parser.add_argument(
+        "--cells", type=Path, help="folder of what is finished, which comparisons may share: OUT/cells"
     )
     return parser
 
@@ -102,8 +105,8 @@ def compare(args: argparse.Namespace) -> None:
         read_weights(directory)
     _check(args)
     require_matplotlib()
-    model, *files = _data(args)
-    questions = read_questions(*files, args.number)
+    model, *asked = _data(args)
+    questions = read_questions(*asked, args.number)
     cells = plan(baselines, pruners, budgets, args.seed, args.allow_other_base)
 
     from ..visualize.chat import load_chat
@@ -113,7 +116,8 @@ def compare(args: argparse.Namespace) -> None:
     _check_fit(chat.model, cells)
     settings = Settings(args.batch_size, args.max_new_tokens, args.timed, args.warmup, args.repeats)
     inputs = inputs_of(chat, questions, settings)
-    results = run_cells(chat, cells, CellFiles(args.out / "cells", inputs), questions, settings)
+    files = CellFiles(args.cells or args.out / "cells", inputs)
+    results = run_cells(chat, cells, files, questions, settings)
     _write(args.out, summarise(cells, results, questions), len(questions), inputs, Path(model).name)
 
 

@@ -44,7 +44,7 @@ def plan_comparison(
     number: int | None = None,
     timed: int = 0,
 ) -> Comparison:
-    """Methods and pruners at some budgets on one set of questions.
+    """Methods and pruners at some budgets on one set of questions; comparisons share what they find.
 
     Args:
         folder: of all comparisons.
@@ -66,6 +66,7 @@ def plan_comparison(
     words += ["--question-file", data / f"{questions}.jsonl", "--answers", data / f"{questions}_answers.jsonl"]
     words += ["--image-folder", data, "--batch_size", BATCH_SIZE, "--max_new_tokens", LONGEST_ANSWER, "--out", out]
     words += ["--timed", timed, "--warmup", 1, "--repeats", 3]
+    words += ["--cells", folder / f"cells-{sources(*COMPARING)}"]
     if number is not None:
         words += ["--number", number]
     for label, training in named.items():

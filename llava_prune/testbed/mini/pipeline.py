@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from .base import BaseTraining, train_base, unpack_base
 from .comparisons import Comparison, plan_comparison
 from .data import RECORD, DataAmounts, transfer_sets, write_data
 from .fits import Fit, Fits
-from .jobs import run_jobs
+from .jobs import Job, run_jobs
 from .keys import BASE, DATA, content, digest, sources
 from .pack import packed_files
 from .packages import DINOV2, SMOLLM2
@@ -120,11 +121,11 @@ class Mini:
         shared = (self.out / "pruners", self.base, self.base_key, self.data, self.size, self.settings)
         return Trainings(*shared).plan(variant, budget, seed)
 
-    def train(self, trainings: list[Training]) -> None:
-        """Those that have not been run, after what they start from; equal ones are one."""
+    def train(self, trainings: list[Training], beside: Sequence[Job] = ()) -> None:
+        """Those that have not been run, after what they start from and what runs beside; equal ones are one."""
         starts = {training.start.folder: training.start for training in trainings if training.start is not None}
         jobs = {training.job.folder: training.job for training in trainings}
-        self._run("trainings to start from", list(starts.values()), self.plan.jobs)
+        self._run("trainings to start from", [*starts.values(), *beside], self.plan.jobs)
         self._run("trainings", list(jobs.values()), self.plan.jobs)
 
     def comparison(self, name: str, questions: str, trainings: list[Training], **changes: Any) -> Comparison:
@@ -150,7 +151,11 @@ class Mini:
         budgets, seeds = self.plan.budgets, self.plan.seeds
         trainings = {budget: [self.training(MAIN, budget, seed) for seed in seeds] for budget in budgets}
         adapted = [self.training(ADAPTED, self.plan.ablated, seed) for seed in seeds]
-        self.train([*(training for row in trainings.values() for training in row), *adapted])
+        baselines = [
+            self.comparison(f"baselines at {budget:g}", "test", [], budgets=(budget,)).job
+            for budget in (budgets if self.plan.methods != "none" else ())
+        ]
+        self.train([*(training for row in trainings.values() for training in row), *adapted], baselines)
         compared = {
             budget: self.comparison(f"compare at {budget:g}", "test", row, budgets=(budget,))
             for budget, row in trainings.items()
