@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny import batch_of, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
-from llava_prune.adaptation import drawn_budget, without_adapters
+from llava_prune.adaptation import check_adaptation, drawn_budget, without_adapters
 
 LAYERS = (0, 3)
 EXACT = {"pruning_layers": LAYERS, "selection": "topk", "target_token_num": 6, "pruner_dim": 16}
@@ -81,6 +81,16 @@ def test_budgets_are_drawn_from_all_of_the_range():
     assert drawn_budget(PruneConfig(**{**ADAPTING, "train_pruners": True})) is None, "pruners learn at their target"
 
 
+def test_there_must_be_pruners_and_something_that_learns():
+    config = PruneConfig(**ADAPTING)
+    with pytest.raises(ValueError, match="give trained ones with --prune_start"):
+        check_adaptation(config, None, True)
+    with pytest.raises(ValueError, match="nothing would learn; add --lora_enable True"):
+        check_adaptation(config, "pruners", False)
+    check_adaptation(config, "pruners", True)
+    check_adaptation(PruneConfig(**ADAPTING, train_base=True), "pruners", False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -104,18 +114,8 @@ def test_the_low_end_must_be_above_the_floor(tower_folder):
 def test_lora_learns_to_answer_from_what_trained_pruners_keep(testbed, tmp_path):
     guided = {"prune_config": "mosaic_guided", "prune_pruner_lr": 1e-3}
     train(testbed, tmp_path / "guided", processes=1, stage=None, steps=2, **guided)
-    flags = {
-        **guided,
-        "prune_start": tmp_path / "guided",
-        "prune_train_pruners": False,
-        "learning_rate": 1e-3,
-    }
-    with pytest.raises(AssertionError, match="nothing would learn; add --lora_enable True"):
-        train(testbed, tmp_path / "none", processes=1, stage=None, steps=1, **flags)
+    flags = {**guided, "prune_start": tmp_path / "guided", "prune_train_pruners": False, "learning_rate": 1e-3}
     flags |= {"lora_enable": True, "lora_r": 4, "lora_alpha": 8}
-    with pytest.raises(AssertionError, match="give trained ones with --prune_start"):
-        fresh = {name: value for name, value in flags.items() if name != "prune_start"}
-        train(testbed, tmp_path / "llava-lora-0", processes=1, stage=None, **fresh)
     for stage in (2, 3):
         out = tmp_path / f"llava-lora-{stage}"
         checkpoints = {"save_strategy": "steps", "save_steps": 2, "gradient_checkpointing": stage == 3}
