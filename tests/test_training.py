@@ -274,27 +274,27 @@ def test_a_checkpoint_at_the_width_of_7b_takes_tens_of_megabytes(wide_base, yes_
         "prune_config": "default",
         "prune_pruning_layers": [1, 2, 3],
         "prune_disc_layers": [-1, -2, -3],
-        "prune_target_token_num": 60,
+        "prune_target_token_num": 6,
         "per_device_train_batch_size": 1,
         "save_strategy": "steps",
         "save_steps": 1,
-        "bf16": True,
     }
     train(yes_no, tmp_path, processes=1, stage=stage, steps=1, **flags)
     files = {p.name: p.stat().st_size for p in (tmp_path / "checkpoint-1").rglob("*") if p.is_file()}
     print(files)
-    assert 30e6 < sum(files.values()) < 100e6, files  # one decoder layer alone takes 400e6
-    assert (tmp_path / "pruners.safetensors").stat().st_size < 10e6
+    # 20 bytes a weight; in bf16, which takes minutes on some CPUs, 16, so under 100e6. One decoder layer takes 400e6
+    assert 30e6 < sum(files.values()) < 125e6, files
+    assert (tmp_path / "pruners.safetensors").stat().st_size < 20e6
 
 
 @pytest.fixture(scope="module")
 def wide_base(tmp_path_factory):
-    """A random LLaVA as wide as the 7B model, of few layers."""
+    """A random LLaVA as wide as the 7B model, of few layers and vision tokens."""
     from llava_prune.testbed.base_model import BaseSize, build_base, save_base
 
     folder = tmp_path_factory.mktemp("wide") / "llava-wide"
     folder.mkdir()
-    model, _ = build_base(folder, BaseSize(layers=4, hidden=4096, mlp=64, heads=32))
+    model, _ = build_base(folder, BaseSize(layers=4, hidden=4096, mlp=64, heads=32, pixels=64))
     save_base(model, folder)
     config = json.loads((folder / "config.json").read_text())
     config["mm_vision_tower"] = str(folder / "vision_tower")

@@ -15,7 +15,7 @@ VISION_FOLDER = "vision_tower"
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Layers and widths; the defaults are those of the shipped checkpoint."""
+    """Layers, widths and the side of a picture; the defaults are those of the shipped checkpoint."""
 
     vision_layers: int = 4
     vision_hidden: int = 128
@@ -24,6 +24,7 @@ class BaseSize:
     hidden: int = 128
     mlp: int = 320
     heads: int = 4
+    pixels: int = PIXELS
 
 
 def build_base(directory: Path, size: BaseSize):
@@ -42,7 +43,7 @@ def build_base(directory: Path, size: BaseSize):
     tower = directory / VISION_FOLDER
     CLIPVisionModel(
         CLIPVisionConfig(
-            image_size=PIXELS,
+            image_size=size.pixels,
             patch_size=PATCH,
             num_hidden_layers=size.vision_layers,
             hidden_size=size.vision_hidden,
@@ -50,9 +51,8 @@ def build_base(directory: Path, size: BaseSize):
             num_attention_heads=size.heads,
         )
     ).save_pretrained(tower)
-    CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}).save_pretrained(
-        tower
-    )
+    crop = {"height": size.pixels, "width": size.pixels}
+    CLIPImageProcessor(size={"shortest_edge": size.pixels}, crop_size=crop).save_pretrained(tower)
     tokenizer = train_tokenizer(directory)
     model = LlavaLlamaForCausalLM(
         LlavaConfig(
