@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -218,9 +219,9 @@ def test_killed_midway_it_goes_on_after_the_last_finished_cell(out, ran):
 
 def test_interrupted_it_says_how_to_go_on(out):
     command = [sys.executable, "-m", "llava_prune", "compare", *words(out, number=24)]
-    process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may not hear it
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, preexec_fn=heard, **pipes)
     while not list((out / "cells").glob("[!.]*.json")):
         assert process.poll() is None
         time.sleep(0.02)
