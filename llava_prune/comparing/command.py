@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("outputs/compare"), help="folder of compare.csv, .json and .png"
     )
     parser.add_argument(
-        "--cells", type=Path, help="folder of what is finished, which comparisons may share: OUT/cells"
+        "--cells", type=Path, help="folder of finished cells, which comparisons may share; default: OUT/cells"
     )
     return parser
 
