@@ -103,8 +103,7 @@ class LayerForward:
         """(B,) vision tokens that stay, or None where a threshold decides."""
         layout = record.layout
         if record.budgets is None:
-            pairs = torch.stack([layout.vision_counts, layout.num_images]).T.tolist()
-            record.budgets = [self.budget(tokens, images) for tokens, images in pairs]
+            record.budgets = [self.budget(size.vision, size.images) for size in layout.sizes]
         if record.budgets[0] is None:
             return None
         place = self.pruning_layers.index(self.index)

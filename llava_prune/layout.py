@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,38 @@ def question_of(valid: Tensor, vision: Tensor, labels: Tensor | None) -> Tensor:
     return question & ((question & (labels != IGNORE_INDEX)).cumsum(-1) == 0)
 
 
+class SampleSize(NamedTuple):
+    """One sample in plain numbers.
+
+    Attributes:
+        rows: valid positions.
+        vision, question, images: vision tokens, tokens of the question, images.
+        predicting: vision tokens that a text token is predicted from.
+        ends: 1 where the last position is valid, 0 where it is padding.
+    """
+
+    rows: int
+    vision: int
+    question: int
+    images: int
+    predicting: int
+    ends: int
+
+    @property
+    def text(self) -> int:
+        """Positions that are not vision."""
+        return self.rows - self.vision
+
+
+def sizes_of(
+    valid: Tensor, vision: Tensor, question: Tensor, num_images: Tensor, predicting: Tensor
+) -> tuple[SampleSize, ...]:
+    """Of (B, T) masks and (B,) images; one device sync."""
+    masks = torch.stack([valid, vision, question, predicting]).sum(-1)
+    rows = (masks[0], masks[1], masks[2], num_images, masks[3], valid[:, -1])
+    return tuple(SampleSize(*row) for row in torch.stack(rows, -1).tolist())
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Token kinds of one batch of T positions.
@@ -64,7 +97,7 @@ class TokenLayout:
         num_images: (B,) long.
         vision_index, vision_valid: (B, N) position of each sample's vision tokens in order; N is at least 1.
         question_index, question_valid: (B, Q) likewise.
-        has_vision: whether any sample has a vision token.
+        sizes: of every sample, known without asking the device; empty in a recorded graph, whose batches differ.
         original_counts: (B,) long, vision tokens of each sample before a method reduced them ahead of the decoder, or
             None.
         kept: (B, M) bool, which of those M it kept, or None.
@@ -80,7 +113,7 @@ class TokenLayout:
     vision_valid: Tensor
     question_index: Tensor
     question_valid: Tensor
-    has_vision: bool
+    sizes: tuple[SampleSize, ...]
     original_counts: Tensor | None = None
     kept: Tensor | None = None
     labels: Tensor | None = None
@@ -93,10 +126,16 @@ class TokenLayout:
         if labels is not None:
             read[:, :-1] |= (valid & ~vision & (labels != IGNORE_INDEX))[:, 1:]
         predicting = vision & read
-        widest, any_predicting = torch.stack([vision.sum(-1).max(), predicting.any().long()]).tolist()
-        indices = (*padded_index(vision, widest), *padded_index(question))
-        predicting = predicting if any_predicting else None
-        return cls(valid, vision, question, predicting, num_images, *indices, has_vision=widest > 0, labels=labels)
+        sizes = sizes_of(valid, vision, question, num_images, predicting)
+        widest = {kind: max(getattr(size, kind) for size in sizes) for kind in ("vision", "question")}
+        indices = (*padded_index(vision, widest["vision"]), *padded_index(question, widest["question"]))
+        predicting = predicting if any(size.predicting for size in sizes) else None
+        return cls(valid, vision, question, predicting, num_images, *indices, sizes, labels=labels)
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether any sample has a vision token."""
+        return any(size.vision for size in self.sizes)
 
     @property
     def text(self) -> Tensor:
@@ -137,6 +176,5 @@ class TokenLayout:
     def repeat(self, times: int) -> TokenLayout:
         """Each sample `times` times in a row, as beam search expands a batch."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return TokenLayout(
-            **{k: v.repeat_interleave(times, 0) if isinstance(v, Tensor) else v for k, v in values.items()}
-        )
+        repeated = {k: v.repeat_interleave(times, 0) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return TokenLayout(**{**repeated, "sizes": tuple(size for size in self.sizes for _ in range(times))})

@@ -214,6 +214,17 @@ def test_few_graphs_are_made_again_and_again(pruned):
             assert len(fast.graphs) <= 3
 
 
+def test_a_shorter_prompt_sees_nothing_of_the_longer_one_before_it(pruned):
+    longer, shorter = (batch_of(lengths, [1, 1], "left") for lengths in ([20, 14], [9, 12]))
+    expected = [answer(pruned, inputs) for inputs in (longer, shorter)]
+    with accelerate(pruned, **{**SMALL, "bucket": 64}) as fast:
+        for _ in range(2):  # the first time memory grows and graphs are made anew
+            assert torch.equal(answer(pruned, longer), expected[0])
+        made = len(fast.graphs)
+        assert torch.equal(answer(pruned, shorter), expected[1])
+        assert len(fast.graphs) == made  # the same shapes, rounded up
+
+
 @torch.no_grad()
 def test_caches_hold_the_kept_rows_and_the_room(pruned):
     inputs = batch_of([9], [1], "none")

@@ -96,3 +96,9 @@ def test_a_layout_tells_every_position_one_thing(made):
     assert not (layout.question & supervised).any(), "the answer, or what follows it, leaks into the question"
     assert torch.equal(layout.vision_counts, vision.sum(-1))
     assert layout.has_vision == bool(vision.any())
+    twice = layout.repeat(2)
+    for told in (layout, twice):
+        masks = (told.valid, told.vision, told.question)
+        counted = zip(*(mask.sum(-1).tolist() for mask in masks), told.num_images.tolist(), strict=True)
+        assert list(counted) == [size[:4] for size in told.sizes]
+        assert [bool(size.ends) for size in told.sizes] == told.valid[:, -1].tolist()

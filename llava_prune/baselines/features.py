@@ -36,13 +36,15 @@ class Reduction:
 
     def describe(self, layout: TokenLayout) -> TokenLayout:
         """The decoder's layout, told what it was before."""
-        count = layout.vision.sum(-1) // self.keep
-        changes: dict[str, Any] = {"num_images": count, "original_counts": count * self.tokens}
+        sizes = tuple(size._replace(images=size.vision // self.keep) for size in layout.sizes)
+        images = [size.images for size in sizes]
+        count = torch.tensor(images, device=layout.vision.device)
+        changes: dict[str, Any] = {"num_images": count, "original_counts": count * self.tokens, "sizes": sizes}
         if self.kept is not None:
             flags = torch.zeros(self.images, self.tokens, dtype=torch.bool, device=self.kept.device)
             flags = flags.scatter(1, self.kept, True).to(count.device)
-            taken = count if int(count.sum()) == self.images else count.clamp(min=1)
-            place = torch.arange(int(count.max()), device=count.device)
+            taken = count if sum(images) == self.images else count.clamp(min=1)
+            place = torch.arange(max(images), device=count.device)
             index = (taken.cumsum(0) - taken)[:, None] + place
             own = flags[index.clamp(max=self.images - 1)] & (place < count[:, None])[..., None]
             changes["kept"] = own.flatten(1)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import compat
 from ..decoder_layer import PLAIN
-from ..layout import TokenLayout
+from ..layout import SampleSize, TokenLayout, sizes_of
 from ..patch import PruneHandle, handle_of
 from ..state import ForwardRecord
 from .arena import Arena
@@ -25,25 +25,11 @@ from .cache import REFUSAL, cache_class
 from .fused import fused_parts
 from .generation import Caches, Generation, capacities, decode
 from .graphs import Graphs
-from .prompt import Prompt, Widths
+from .prompt import Given, Prompt, Widths
 from .stages import Stage, StageRows
 from .suited import call_reason, decoder_reason, device_reason
 
 _FAST = "llava_prune_fast"
-
-
-class SampleSize(NamedTuple):
-    """Tokens of one sample, as plain numbers."""
-
-    rows: int
-    vision: int
-    question: int
-    images: int
-
-    @property
-    def text(self) -> int:
-        """Rows that are not vision."""
-        return self.rows - self.vision
 
 
 def accelerate(
@@ -78,20 +64,15 @@ def accelerate(
     return FastHandle(model, room, bucket, max_graphs, fuse, emulate)
 
 
-def _sizes(layout: TokenLayout) -> tuple[list[SampleSize], bool]:
-    """Sizes of every sample, and whether each one's last position is valid; one device sync."""
-    counts = [layout.valid.sum(-1), layout.vision.sum(-1), layout.question.sum(-1), layout.num_images]
-    rows = torch.stack([*counts, layout.valid[:, -1].long()], -1).tolist()
-    return [SampleSize(*row[:-1]) for row in rows], all(row[-1] for row in rows)
-
-
 def _text_alone(mask: Tensor | None, batch: int, length: int, device: torch.device) -> TokenLayout:
     """The layout of prompts in which nothing is pruned."""
     valid = torch.ones(batch, length, dtype=torch.bool, device=device) if mask is None else mask.bool()
     none = torch.zeros_like(valid)
     images = valid.new_zeros(batch, dtype=torch.long)
     filler = (images[:, None], none[:, :1])
-    return TokenLayout(valid, none, none, None, images, *filler, *filler, has_vision=False)
+    return TokenLayout(
+        valid, none, none, None, images, *filler, *filler, sizes=sizes_of(valid, none, none, images, none)
+    )
 
 
 class FastHandle:
@@ -115,8 +96,9 @@ class FastHandle:
         self._cache_class = cache_class()
         self._parts = fused_parts() if fuse and self.graphs.cuda else PLAIN
         self._tables: tuple[Tensor, Tensor] | None = None
-        self._prompts: dict[Any, Prompt] = {}
+        self._given: dict[Any, Given] = {}
         self._buffers: dict[Any, Tensor] = {}
+        self._sent: tuple[list[Any], Tensor] | None = None
         self._live: Generation | None = None
         self._weights: Any = None
         self._said: set[str] = set()
@@ -137,9 +119,9 @@ class FastHandle:
 
     def _forget(self) -> None:
         self.graphs.clear()
-        self._prompts.clear()
+        self._given.clear()
         self._buffers.clear()
-        self._live = self._tables = self.arena = None
+        self._sent = self._live = self._tables = self.arena = None
 
     # ---- one call of the decoder
 
@@ -198,15 +180,15 @@ class FastHandle:
         record = None if prune is None else prune.state.record
         pruned = record is not None and record.mode == "hard" and bool(prune.scorers)
         layout = record.layout if pruned else _text_alone(call.get("attention_mask"), batch, length, embeds.device)
-        sizes, complete = _sizes(layout)
-        if not complete:
+        sizes = layout.sizes
+        if not all(size.ends for size in sizes):
             return None
         position = call.get("position_ids")
         if position is None:
             position = torch.arange(length, device=embeds.device)[None]
-        budgets = [prune.layer_budget(row.vision, row.images) if pruned else None for row in sizes]
-        counts = None if budgets[0] is None else torch.tensor(budgets, device=embeds.device).T
-        prompt = self._fixed(Prompt.pack(embeds, position.expand(batch, -1), layout, self._widths(sizes), counts))
+        budgets = [prune.layer_budget(size.vision, size.images) if pruned else None for size in sizes]
+        counts = self._counts(budgets, embeds.device)
+        prompt = self._packed(embeds, position.expand(batch, -1), layout, counts)
         caches, last = self._run(prompt, sizes, budgets, prune if pruned else None)
         self._live = Generation(caches, length)
         index = prompt.index.gather(1, last.source).masked_fill(~last.valid, length)
@@ -214,13 +196,21 @@ class FastHandle:
         full = full.scatter(1, index[..., None].expand_as(last.hidden), last.hidden)[:, :length]
         return BaseModelOutputWithPast(last_hidden_state=full, past_key_values=self._cache_class(self._live))
 
+    def _counts(self, budgets: list[Any], device: torch.device) -> Tensor | None:
+        """(K, B) long, the budgets on the device, sent again only where they differ from the last prefill's."""
+        if budgets[0] is None:
+            return None
+        if self._sent is None or budgets != self._sent[0]:
+            self._sent = (budgets, torch.tensor(budgets, device=device).T)
+        return self._sent[1]
+
     def _rounded(self, size: int) -> int:
         return max(-(-size // self.bucket), 1) * self.bucket
 
-    def _widths(self, sizes: list[SampleSize]) -> Widths:
-        rows = self._rounded(max(row.rows for row in sizes))
-        vision, question = max(row.vision for row in sizes), max(row.question for row in sizes)
-        return Widths(rows, min(self._rounded(vision), rows), min(self._rounded(question), rows))
+    def _widths(self, length: int, sizes: tuple[SampleSize, ...]) -> Widths:
+        fullest = SampleSize(*map(max, zip(*sizes, strict=True)))
+        rows, vision, question = map(self._rounded, (fullest.rows, fullest.vision, fullest.question))
+        return Widths(self._rounded(length), rows, min(vision, rows), min(question, rows))
 
     def _renew(self, embeds: Tensor, prune: PruneHandle | None) -> None:
         """Forget graphs of other weights or other pruners, and make what all calls share."""
@@ -235,15 +225,24 @@ class FastHandle:
             self.arena = Arena(heads, attention.head_dim, embeds.dtype, embeds.device)
             self._tables = compat.position_tables(self.decoder, embeds)
 
-    def _fixed(self, packed: Prompt) -> Prompt:
-        """The same batch in the buffers of its shapes."""
-        key = packed.shapes()
-        if key in self._prompts:
-            self._prompts[key].copy_(packed)
-        elif len(self._prompts) >= self.graphs.limit:
-            self._prompts.clear()
-            self.graphs.clear()
-        return self._prompts.setdefault(key, packed)
+    def _packed(self, embeds: Tensor, position: Tensor, layout: TokenLayout, counts: Tensor | None) -> Prompt:
+        """The batch, packed, in the memory of its shapes."""
+        kinds = [layout.valid, layout.vision, layout.question]
+        if layout.predicting is not None:
+            kinds.append(layout.predicting)
+        widths = self._widths(embeds.shape[1], layout.sizes)
+        key = (len(embeds), len(kinds), None if counts is None else len(counts), widths)
+        if key not in self._given:
+            if len(self._given) >= self.graphs.limit:
+                self._given.clear()
+                self.graphs.clear()
+            self._given[key] = Given.of(embeds, len(kinds), counts, widths)
+        given = self._given[key]
+        given.fill(position, kinds, layout.num_images, counts)
+        prompt = self.graphs.get(("pack", key), partial(given.pack, widths))()
+        index = prompt.index[..., None].expand_as(prompt.hidden)
+        torch.gather(embeds, 1, index, out=prompt.hidden)
+        return prompt
 
     def _stages(self, prune: PruneHandle | None) -> list[Stage]:
         layers = self.decoder.layers
@@ -256,12 +255,12 @@ class FastHandle:
         ]
 
     def _run(
-        self, prompt: Prompt, sizes: list[SampleSize], budgets: list[Any], prune: PruneHandle | None
+        self, prompt: Prompt, sizes: tuple[SampleSize, ...], budgets: list[Any], prune: PruneHandle | None
     ) -> tuple[Caches, StageRows]:
         """All stages, one after the other; the last one's rows are those of a graph, to be read at once."""
         batch, stages = len(sizes), self._stages(prune)
         spans = tuple(stage.end - stage.start for stage in stages)
-        rows, vision = prompt.hidden.shape[1], prompt.layout.vision_index.shape[1]
+        rows, vision = prompt.hidden.shape[1], prompt.tokens["vision_index"].shape[1]
         before: StageRows | None = None
         widths: tuple[int, ...] = ()
         lengths = []

@@ -1,76 +1,110 @@
-"""A batch of prompts packed to the left, in buffers that graphs read."""
+"""A batch of prompts in fixed memory: as it was given, and packed to the left by a graph of its own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layout import TokenLayout, gather_rows, padded_index
+from ..layout import TokenLayout, padded_index
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Rounded-up sizes of a packed batch, which are the shapes of its graphs.
+class Widths(NamedTuple):
+    """Rounded-up sizes of a batch, which are the shapes of its graphs.
 
     Attributes:
-        rows, vision, question: rows, vision tokens and question tokens of the fullest sample.
+        length: positions that the decoder was given.
+        rows, vision, question: valid positions, vision tokens and question tokens of the fullest sample.
     """
 
+    length: int
     rows: int
     vision: int
     question: int
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """B prompts of S rows, valid ones first.
 
     Attributes:
         hidden: (B, S, D) input embeddings.
         position: (B, S) long, rotary position.
         index: (B, S) long, place among the T positions that the decoder was given.
-        layout: token kinds of the rows.
+        tokens: fields of the rows' `TokenLayout`, without those that are None.
         counts: (K, B) long, vision tokens that each pruning layer keeps, None where a threshold decides.
     """
 
     hidden: Tensor
     position: Tensor
     index: Tensor
-    layout: TokenLayout
+    tokens: dict[str, Tensor]
     counts: Tensor | None
 
+    @property
+    def layout(self) -> TokenLayout:
+        """Token kinds of the rows."""
+        return TokenLayout(**{"predicting": None, **self.tokens}, sizes=())
+
+
+@dataclass(frozen=True)
+class Given:
+    """Buffers of one shape, which every batch of that shape is copied to: the graphs read them.
+
+    Attributes:
+        position: (B, T) long, rotary position.
+        kinds: (3 or 4, B, T) bool: valid, vision, question, and if there are any the vision tokens that a text token
+            is predicted from.
+        num_images: (B,) long.
+        counts: as of the `Prompt`.
+        hidden: (B, S, D), of the `Prompt`; filled behind its graph, so that embeddings are copied once.
+    """
+
+    position: Tensor
+    kinds: Tensor
+    num_images: Tensor
+    counts: Tensor | None
+    hidden: Tensor
+
     @classmethod
-    def pack(
-        cls, embeds: Tensor, position: Tensor, layout: TokenLayout, widths: Widths, counts: Tensor | None
-    ) -> Prompt:
-        """From (B, T, D) embeddings, (B, T) rotary positions and the layout of the T positions."""
-        length = layout.valid.shape[1]
-        padding = (0, max(widths.rows - length, 0))
-        index, valid = padded_index(torch.nn.functional.pad(layout.valid, padding), width=widths.rows)
+    def of(cls, embeds: Tensor, kinds: int, counts: Tensor | None, widths: Widths) -> Given:
+        """For batches like (B, T, D) embeddings and (K, B) counts."""
+        batch, device = len(embeds), embeds.device
+        return cls(
+            torch.zeros(batch, widths.length, dtype=torch.long, device=device),
+            torch.zeros(kinds, batch, widths.length, dtype=torch.bool, device=device),
+            torch.zeros(batch, dtype=torch.long, device=device),
+            None if counts is None else torch.empty_like(counts, memory_format=torch.contiguous_format),
+            embeds.new_zeros(batch, widths.rows, embeds.shape[-1]),
+        )
 
-        def packed(flags: Tensor) -> Tensor:
-            return flags.gather(1, index) & valid
+    def fill(self, position: Tensor, kinds: list[Tensor], num_images: Tensor, counts: Tensor | None) -> None:
+        """Take over a batch of T positions or fewer; what is beyond them is not valid."""
+        length = position.shape[1]
+        self.position[:, :length].copy_(position)
+        self.kinds[:, :, :length].copy_(torch.stack(kinds))
+        self.kinds[:, :, length:].zero_()
+        self.num_images.copy_(num_images)
+        if counts is not None:
+            self.counts.copy_(counts)
 
-        vision, question = packed(layout.vision), packed(layout.question)
-        indices = (*padded_index(vision, widths.vision), *padded_index(question, widths.question))
-        predicting = None if layout.predicting is None else packed(layout.predicting)
-        own = TokenLayout(valid, vision, question, predicting, layout.num_images, *indices, layout.has_vision)
-        return cls(gather_rows(embeds, index), position.gather(1, index), index, own, counts)
-
-    def tensors(self) -> list[Tensor]:
-        """All that differs between batches of the same shapes."""
-        values = [self.hidden, self.position, self.index, self.counts]
-        values += [getattr(self.layout, field.name) for field in fields(TokenLayout)]
-        return [value for value in values if isinstance(value, Tensor)]
-
-    def shapes(self) -> tuple:
-        """What batches must share to take the same buffers."""
-        optional = (self.counts is None, self.layout.predicting is None)
-        return (*optional, *(tuple(value.shape) for value in self.tensors()))
-
-    def copy_(self, other: Prompt) -> None:
-        """Take over a batch of the same shapes."""
-        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
-            mine.copy_(its)
+    def pack(self, widths: Widths) -> Prompt:
+        """The rows in order; `hidden` is still what it was."""
+        index, valid = padded_index(self.kinds[0], width=widths.rows)
+        vision, question, *predicting = (flags.gather(1, index) & valid for flags in self.kinds[1:])
+        vision_index, vision_valid = padded_index(vision, widths.vision)
+        question_index, question_valid = padded_index(question, widths.question)
+        tokens = {
+            "valid": valid,
+            "vision": vision,
+            "question": question,
+            "num_images": self.num_images,
+            "vision_index": vision_index,
+            "vision_valid": vision_valid,
+            "question_index": question_index,
+            "question_valid": question_valid,
+        }
+        if predicting:
+            tokens["predicting"] = predicting[0]
+        return Prompt(self.hidden, self.position.gather(1, index), index, tokens, self.counts)

@@ -90,15 +90,16 @@ class Stage:
             counts: (B,) long, vision tokens to keep at the end, None where a threshold decides.
             caches: of the stage's layers.
         """
+        layout = prompt.layout
         if before is None:
-            hidden, valid = prompt.hidden, prompt.layout.valid
+            hidden, valid = prompt.hidden, layout.valid
             source = torch.arange(rows, device=hidden.device).repeat(len(hidden), 1)
         else:
             index, valid = padded_index(before.keep, width=rows)
             hidden, source = gather_rows(before.hidden, index), before.source.gather(1, index)
         position = prompt.position.gather(1, source)
         tables = tuple(table[position] for table in self.tables)
-        record = ForwardRecord(prompt.layout, "hard", full_length=prompt.layout.valid.shape[1])
+        record = ForwardRecord(layout, "hard", full_length=layout.valid.shape[1])
         record.notes.update(before.notes if before is not None else {})
         for layer, cache in zip(range(self.start, self.end), caches, strict=True):
             call = {"hidden_states": hidden, "position_embeddings": tables}
