@@ -33,7 +33,7 @@ def _second(flags: dict[str, Any] | None = None, start: bool = True, **prune: An
 
 
 def _adapted(**prune: Any) -> Variant:
-    flags = {"lora_enable": True, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0, "learning_rate": 3e-4}
+    flags = {"lora_enable": True, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0, "learning_rate": 6e-4}
     return Variant({"train_pruners": False, "alignment": "kl", **prune}, flags)
 
 

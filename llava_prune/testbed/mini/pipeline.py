@@ -155,19 +155,20 @@ class Mini:
             self.comparison(f"baselines at {budget:g}", "test", [], budgets=(budget,)).job
             for budget in (budgets if self.plan.methods != "none" else ())
         ]
-        self.train([*(training for row in trainings.values() for training in row), *adapted], baselines)
+        self.train([training for row in trainings.values() for training in row], baselines)
         compared = {
             budget: self.comparison(f"compare at {budget:g}", "test", row, budgets=(budget,))
             for budget, row in trainings.items()
         }
+        meanwhile = [comparison.job for comparison in compared.values()]
+        self._run("adaptations and comparisons", [*(row.job for row in adapted), *meanwhile], self.plan.jobs)
         alone = {"methods": "none", "budgets": budgets}  # each adapter is a base of its own
         with_lora = [
             self.comparison(f"compare {ADAPTED}, seed {row.seed}", "test", [row], model=row.job.folder, **alone)
             for row in adapted
             if not row.collapsed
         ]
-        jobs = [comparison.job for comparison in (*compared.values(), *with_lora)]
-        self._run("comparisons", jobs, self.plan.jobs)
+        self._run("comparisons of adapted", [comparison.job for comparison in with_lora], self.plan.jobs)
         timings = {}
         if times:
             few = {"number": min(TIMED_QUESTIONS, self.amounts.questions), "timed": TIMED}
