@@ -122,11 +122,11 @@ class Mini:
         return Trainings(*shared).plan(variant, budget, seed)
 
     def train(self, trainings: list[Training], beside: Sequence[Job] = ()) -> None:
-        """Those that have not been run, after what they start from and what runs beside; equal ones are one."""
+        """Those that have not been run, after what they start from, and what runs beside them; equal ones are one."""
         starts = {training.start.folder: training.start for training in trainings if training.start is not None}
         jobs = {training.job.folder: training.job for training in trainings}
-        self._run("trainings to start from", [*starts.values(), *beside], self.plan.jobs)
-        self._run("trainings", list(jobs.values()), self.plan.jobs)
+        self._run("trainings to start from", list(starts.values()), self.plan.jobs)
+        self._run("trainings", [*jobs.values(), *beside], self.plan.jobs)
 
     def comparison(self, name: str, questions: str, trainings: list[Training], **changes: Any) -> Comparison:
         """Planned; pruners that collapsed are left out."""
