@@ -221,6 +221,7 @@ def test_a_shorter_prompt_sees_nothing_of_the_longer_one_before_it(pruned):
         for _ in range(2):  # the first time memory grows and graphs are made anew
             assert torch.equal(answer(pruned, longer), expected[0])
         made = len(fast.graphs)
+        assert made == 1 + (len(find_handle(pruned).scorers) + 1) + 2, "packing, stages, a token in two sizes of cache"
         assert torch.equal(answer(pruned, shorter), expected[1])
         assert len(fast.graphs) == made  # the same shapes, rounded up
 

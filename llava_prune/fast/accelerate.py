@@ -239,7 +239,8 @@ class FastHandle:
             self._given[key] = Given.of(embeds, len(kinds), counts, widths)
         given = self._given[key]
         given.fill(position, kinds, layout.num_images, counts)
-        prompt = self.graphs.get(("pack", key), partial(given.pack, widths))()
+        prompt = given.prompt  # made before the graph that writes to it
+        self.graphs.get(("pack", key), given.pack)()
         index = prompt.index[..., None].expand_as(prompt.hidden)
         torch.gather(embeds, 1, index, out=prompt.hidden)
         return prompt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -53,14 +54,15 @@ class Given:
     """Buffers of one shape, which every batch of that shape is copied to: the graphs read them.
 
     Attributes:
+        widths: of the shape.
         position: (B, T) long, rotary position.
         kinds: (3 or 4, B, T) bool: valid, vision, question, and if there are any the vision tokens that a text token
             is predicted from.
         num_images: (B,) long.
-        counts: as of the `Prompt`.
-        hidden: (B, S, D), of the `Prompt`; filled behind its graph, so that embeddings are copied once.
+        counts, hidden: of the `Prompt`; embeddings are copied once, to where they are packed.
     """
 
+    widths: Widths
     position: Tensor
     kinds: Tensor
     num_images: Tensor
@@ -72,12 +74,18 @@ class Given:
         """For batches like (B, T, D) embeddings and (K, B) counts."""
         batch, device = len(embeds), embeds.device
         return cls(
+            widths,
             torch.zeros(batch, widths.length, dtype=torch.long, device=device),
             torch.zeros(kinds, batch, widths.length, dtype=torch.bool, device=device),
             torch.zeros(batch, dtype=torch.long, device=device),
             None if counts is None else torch.empty_like(counts, memory_format=torch.contiguous_format),
             embeds.new_zeros(batch, widths.rows, embeds.shape[-1]),
         )
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The batch, packed, in the same tensors every time."""
+        return self._in_order()
 
     def fill(self, position: Tensor, kinds: list[Tensor], num_images: Tensor, counts: Tensor | None) -> None:
         """Take over a batch of T positions or fewer; what is beyond them is not valid."""
@@ -89,17 +97,25 @@ class Given:
         if counts is not None:
             self.counts.copy_(counts)
 
-    def pack(self, widths: Widths) -> Prompt:
-        """The rows in order; `hidden` is still what it was."""
-        index, valid = padded_index(self.kinds[0], width=widths.rows)
+    def pack(self) -> Prompt:
+        """Write all of `prompt` but its hidden states."""
+        packed = self._in_order()
+        pairs = [(self.prompt.position, packed.position), (self.prompt.index, packed.index)]
+        pairs += [(self.prompt.tokens[name], value) for name, value in packed.tokens.items()]
+        for kept, value in pairs:
+            kept.copy_(value)
+        return self.prompt
+
+    def _in_order(self) -> Prompt:
+        index, valid = padded_index(self.kinds[0], width=self.widths.rows)
         vision, question, *predicting = (flags.gather(1, index) & valid for flags in self.kinds[1:])
-        vision_index, vision_valid = padded_index(vision, widths.vision)
-        question_index, question_valid = padded_index(question, widths.question)
+        vision_index, vision_valid = padded_index(vision, self.widths.vision)
+        question_index, question_valid = padded_index(question, self.widths.question)
         tokens = {
             "valid": valid,
             "vision": vision,
             "question": question,
-            "num_images": self.num_images,
+            "num_images": self.num_images.clone(),
             "vision_index": vision_index,
             "vision_valid": vision_valid,
             "question_index": question_index,
