@@ -25,7 +25,8 @@ from .cache import REFUSAL, cache_class
 from .fused import fused_parts
 from .generation import Caches, Generation, capacities, decode
 from .graphs import Graphs
-from .prompt import Given, Prompt, Widths
+from .packing import Packing
+from .prompt import Prompt
 from .stages import Stage, StageRows
 from .suited import call_reason, decoder_reason, device_reason
 
@@ -88,7 +89,7 @@ class FastHandle:
         self.decoder = compat.find_decoder(model)
         if _FAST in self.decoder.__dict__:
             raise ValueError("this model is accelerated already: call remove() on the handle that accelerate returned")
-        self.room, self.bucket, self.emulate = room, bucket, emulate
+        self.room, self.emulate = room, emulate
         self.graphs = Graphs(compat.execution_device(self.decoder.layers[0]), max_graphs)
         self.arena: Arena | None = None
         self._original = self.decoder.forward
@@ -96,9 +97,8 @@ class FastHandle:
         self._cache_class = cache_class()
         self._parts = fused_parts() if fuse and self.graphs.cuda else PLAIN
         self._tables: tuple[Tensor, Tensor] | None = None
-        self._given: dict[Any, Given] = {}
+        self._packing = Packing(self.graphs, bucket)
         self._buffers: dict[Any, Tensor] = {}
-        self._sent: tuple[list[Any], Tensor] | None = None
         self._live: Generation | None = None
         self._weights: Any = None
         self._said: set[str] = set()
@@ -119,9 +119,9 @@ class FastHandle:
 
     def _forget(self) -> None:
         self.graphs.clear()
-        self._given.clear()
+        self._packing.clear()
         self._buffers.clear()
-        self._sent = self._live = self._tables = self.arena = None
+        self._live = self._tables = self.arena = None
 
     # ---- one call of the decoder
 
@@ -187,30 +187,13 @@ class FastHandle:
         if position is None:
             position = torch.arange(length, device=embeds.device)[None]
         budgets = [prune.layer_budget(size.vision, size.images) if pruned else None for size in sizes]
-        counts = self._counts(budgets, embeds.device)
-        prompt = self._packed(embeds, position.expand(batch, -1), layout, counts)
+        prompt = self._packing(embeds, position.expand(batch, -1), layout, budgets)
         caches, last = self._run(prompt, sizes, budgets, prune if pruned else None)
         self._live = Generation(caches, length)
         index = prompt.index.gather(1, last.source).masked_fill(~last.valid, length)
         full = last.hidden.new_zeros(batch, length + 1, last.hidden.shape[-1])
         full = full.scatter(1, index[..., None].expand_as(last.hidden), last.hidden)[:, :length]
         return BaseModelOutputWithPast(last_hidden_state=full, past_key_values=self._cache_class(self._live))
-
-    def _counts(self, budgets: list[Any], device: torch.device) -> Tensor | None:
-        """(K, B) long, the budgets on the device, sent again only where they differ from the last prefill's."""
-        if budgets[0] is None:
-            return None
-        if self._sent is None or budgets != self._sent[0]:
-            self._sent = (budgets, torch.tensor(budgets, device=device).T)
-        return self._sent[1]
-
-    def _rounded(self, size: int) -> int:
-        return max(-(-size // self.bucket), 1) * self.bucket
-
-    def _widths(self, length: int, sizes: tuple[SampleSize, ...]) -> Widths:
-        fullest = SampleSize(*map(max, zip(*sizes, strict=True)))
-        rows, vision, question = map(self._rounded, (fullest.rows, fullest.vision, fullest.question))
-        return Widths(self._rounded(length), rows, min(vision, rows), min(question, rows))
 
     def _renew(self, embeds: Tensor, prune: PruneHandle | None) -> None:
         """Forget graphs of other weights or other pruners, and make what all calls share."""
@@ -224,26 +207,6 @@ class FastHandle:
             heads = attention.k_proj.out_features // attention.head_dim
             self.arena = Arena(heads, attention.head_dim, embeds.dtype, embeds.device)
             self._tables = compat.position_tables(self.decoder, embeds)
-
-    def _packed(self, embeds: Tensor, position: Tensor, layout: TokenLayout, counts: Tensor | None) -> Prompt:
-        """The batch, packed, in the memory of its shapes."""
-        kinds = [layout.valid, layout.vision, layout.question]
-        if layout.predicting is not None:
-            kinds.append(layout.predicting)
-        widths = self._widths(embeds.shape[1], layout.sizes)
-        key = (len(embeds), len(kinds), None if counts is None else len(counts), widths)
-        if key not in self._given:
-            if len(self._given) >= self.graphs.limit:
-                self._given.clear()
-                self.graphs.clear()
-            self._given[key] = Given.of(embeds, len(kinds), counts, widths)
-        given = self._given[key]
-        given.fill(position, kinds, layout.num_images, counts)
-        prompt = given.prompt  # made before the graph that writes to it
-        self.graphs.get(("pack", key), given.pack)()
-        index = prompt.index[..., None].expand_as(prompt.hidden)
-        torch.gather(embeds, 1, index, out=prompt.hidden)
-        return prompt
 
     def _stages(self, prune: PruneHandle | None) -> list[Stage]:
         layers = self.decoder.layers
@@ -284,8 +247,8 @@ class FastHandle:
                 else:
                     kept = [size.text + budget[number] for size, budget in zip(sizes, budgets, strict=True)]
                 most = max(own - size.text for own, size in zip(kept, sizes, strict=True))
-                rows = min(self._rounded(max(kept)), rows)
-                vision = min(self._rounded(most), rows)
+                rows = min(self._packing.rounded(max(kept)), rows)
+                vision = min(self._packing.rounded(most), rows)
         start, held = (self._buffer(name, torch.stack(lengths)) for name in ("start", "held"))
         return Caches(spans, widths, self.room, start, held, self.arena), before
 
