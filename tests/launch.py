@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -83,37 +84,46 @@ def environment():
     }
 
 
+@contextmanager
+def shared_memory_freed(words):
+    """DeepSpeed leaves the memory that its processes shared, 140 MB a run, under the name of their port."""
+    try:
+        yield
+    finally:
+        if "--master_port" in words:
+            port = words[words.index("--master_port") + 1]
+            for path in Path("/dev/shm").glob(f"deepspeed_*_{port}_*"):
+                path.unlink()
+
+
 def train(data, out, processes=2, stage=2, steps=5, timeout=240, **flags):
     """Run to the end; returns the log history. A failure shows the end of the output."""
-    done = subprocess.run(
-        command(data, out, processes, stage, steps, **flags),
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    words = command(data, out, processes, stage, steps, **flags)
+    with shared_memory_freed(words):
+        done = subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return history(out)
 
 
 def train_and_kill(data, out, when, timeout=240, **flags):
     """Start, and SIGKILL every process of the run as soon as `when()` is true."""
-    process = subprocess.Popen(
-        command(data, out, **flags),
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + timeout
-    while not when():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    words = command(data, out, **flags)
+    with shared_memory_freed(words):
+        process = subprocess.Popen(
+            words,
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + timeout
+        while not when():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def history(out):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, environment, free_port, history
+from launch import ROOT, environment, free_port, history, shared_memory_freed
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -94,9 +94,10 @@ def run(bed, out, processes=2, stage=2, steps=4, data="yes.json", timeout=300, *
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     # the two stacks would rebuild DeepSpeed's operator in turns if they shared a folder
     where = {**environment(), "TORCH_EXTENSIONS_DIR": f"{sys.prefix}/torch_extensions"}
-    done = subprocess.run(
-        launcher + arguments, env=where, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    with shared_memory_freed(launcher):
+        done = subprocess.run(
+            launcher + arguments, env=where, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     return history(out)
 
