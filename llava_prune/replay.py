@@ -32,6 +32,10 @@ class Lesson(NamedTuple):
     share: Tensor
     valid: Tensor
 
+    def without_attention(self) -> Lesson:
+        """The same for a pruner without attention residual."""
+        return self._replace(inputs=self.inputs._replace(attn_residual=None))
+
 
 class Replay:
     """The last `capacity` samples, on the device; drawn with torch's CPU generator.

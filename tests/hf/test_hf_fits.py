@@ -13,6 +13,8 @@ from llava_prune.testbed.mini.fits import FITS, Fit, Fits, chosen_fits
 from llava_prune.testbed.mini.size import TINY
 
 LEARNER = Fit({"pruner_lr": 3e-3}, steps=40, batch_size=16)
+RESIDUAL = Fit({"use_attn_residual": True}, steps=2, batch_size=2)
+SPARE = Fit({"min_keep": 6}, steps=2, batch_size=2)  # 36 tokens in layer 0, at least 6 in three others: 13.5
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +24,12 @@ def fits(tmp_path_factory):
     words = [part for name, value in few.items() for part in (f"--{name}", str(value))]
     main(["--tiny", "--out", str(out), "--questions", "8", *words])
     (base,), (data,) = out.glob("base-*"), out.glob("data-*")
-    named = {"ours": LEARNER, "layers_1_8_16_24": FITS["layers_1_8_16_24"]}
+    named = {"ours": LEARNER, "attn_residual": RESIDUAL, "spare": SPARE, "layers_1_8_16_24": FITS["layers_1_8_16_24"]}
     return Fits(base, data, out, TINY, named, samples=24, asked=8, workers=0)
 
 
 def test_what_does_not_fit_the_base_is_left_out(fits):
-    assert list(fits.configs) == ["ours"]
+    assert list(fits.configs) == ["ours", "attn_residual", "spare"]
     with pytest.raises(ValueError, match="--fit: no fit fastest; use all, or some of ours, longer"):
         chosen_fits("ours,fastest")
     assert chosen_fits("all") == FITS
@@ -35,7 +37,7 @@ def test_what_does_not_fit_the_base_is_left_out(fits):
 
 def test_a_fit_learns_what_is_remembered(fits):
     config, losses = fits.configs["ours"], []
-    lessons = fits.memory.drawn(200)
+    lessons = {layer: lesson.without_attention() for layer, lesson in fits.memory.drawn(200).items()}
     for steps in (0, 40):
         pruners = fits.fitted(Fit(steps=steps, batch_size=16), config, seed=0)
         with torch.no_grad():
@@ -59,8 +61,11 @@ def test_who_keeps_all_is_right_where_origin_is(fits):
     assert find_handle(fits.model) is None
 
 
-def test_a_run_writes_every_fit_at_every_budget(fits):
-    rows = fits.run()
+def test_a_run_writes_every_fit_and_seed_at_every_budget_above_its_floor(fits):
+    rows = fits.run(seeds=(0, 1))
     assert rows == json.loads((fits.out / "fits.json").read_text())
-    assert [row["fit"] for row in rows] == ["origin", "true slopes", "ours"]
-    assert all(list(row["right"]) == [str(budget) for budget in TINY.budgets] for row in rows)
+    names = ["origin", "true slopes", "ours", "attn_residual", "spare"]
+    assert [row["fit"] for row in rows] == names
+    assert [len(row["right"]["18"]) for row in rows] == [1, 1, 2, 2, 2]
+    assert all(list(row["right"]) == [str(budget) for budget in TINY.budgets] for row in rows[:4])
+    assert all(list(row["right"]) == ["18"] for row in rows[4:]), "12 tokens are too few"

@@ -359,6 +359,11 @@ def test_the_whole_pipeline_once(tmp_path, capfd, monkeypatch):
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed <= {"results.json", "results.csv", "results.png", "times.json"} and " s\n" not in said
 
+    main(words(tmp_path, "--transfer", "--methods", "none", "--pack", tmp_path / "packed"))
+    transfer = json.loads((tmp_path / "transfer.json").read_text())["rows"]
+    on = {name: [row["method"] for row in transfer if row["set"] == name] for name in ["test", *transfer_sets(TINY)]}
+    assert len(on) == 4 and all(rows == ["origin", "ours, exactly", "ours, adapted"] for rows in on.values())
+
     main(words(tmp_path, "--packed", tmp_path / "packed"))  # the same base without training
     (other,) = {*tmp_path.glob("base-*")} - {base}
     weights = [load_file(folder / "model.safetensors") for folder in (base, other)]

@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what is done, beside the base")
     what.add_argument("--all", action="store_true", help="the main table: trainings, comparisons, times")
     what.add_argument("--ablate", metavar="NAMES", help=f"variants, or all: {', '.join(VARIANTS)}")
-    what.add_argument("--transfer", action="store_true", help="the main pruners on the transfer sets")
+    what.add_argument("--transfer", action="store_true", help="main pruners and adapters on the transfer sets")
     what.add_argument("--fit", metavar="NAMES", help=f"quick fits, or all: {', '.join(FITS)}")
     what.add_argument("--tiny", action="store_true", help="random parts of a few hundred thousand parameters")
     what.add_argument("--out", type=Path, default=Path("outputs/mini"))
@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     trained.add_argument("--batch_size", type=int, default=settings.batch_size, help="questions a step")
     trained.add_argument("--guided_steps", type=int, default=settings.guided_steps, help="of each main training")
     trained.add_argument("--guided_batch_size", type=int, default=settings.guided_batch_size, help="questions a step")
-    trained.add_argument("--adapted_steps", type=int, default=settings.adapted_steps, help="of each adaptation")
+    trained.add_argument(
+        "--adapted_steps", type=int, default=settings.adapted_steps, help="of each adaptation; 0: none"
+    )
     trained.add_argument(
         "--adapted_batch_size", type=int, default=settings.adapted_batch_size, help="questions a step"
     )

@@ -1,23 +1,25 @@
-"""Fits: pruners that learn from the same unpruned passes again and again, for a first word on a change to them.
+"""Fits: variants of the pruners that learn from the same unpruned passes again and again.
 
 What guidance teaches does not change while pruners learn, so the passes are made once, and a fit takes seconds where a
 training takes minutes. The base is asked about held-back pictures (`val`), and is right where each token of the answer
-is the likeliest. The true slopes are ranked as well: a pruner that knew the answer. What wins here is worth a training
-(`--ablate`); nothing here is a result on the test.
+is the likeliest. The true slopes are ranked as well: a pruner that knew the answer. Nothing here is a result on the
+test.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ...budget import UnreachableBudget
 from ...config import PruneConfig
 from ...guidance import guidance_of, lessons_of
 from ...layout import IGNORE_INDEX
@@ -27,11 +29,13 @@ from ...replay import Replay
 from ...scoring import LayerView, Scores
 from ..prepare import write_text
 from .ablations import named
+from .intervals import of_seeds
 from .size import MiniSize
 from .trainings import PRESET, arguments
 
 ASKED_AT_ONCE = 64
 ORIGIN, SLOPES = "origin", "true slopes"
+WIDTH = 160  # of the table, at least
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,12 @@ FITS = {
     "large_batch": Fit({"pruner_lr": 2e-3}, batch_size=256),
     "wider": Fit({"pruner_rank": 384, "pruner_dim": 512}),
     "no_question": Fit({"use_question": False}),
+    "attn_residual": Fit({"use_attn_residual": True}),
     "equal_shares": Fit({"layer_shares": [1, 1, 1, 1]}),
     "layers_1_8_16_24": Fit({"pruning_layers": [1, 8, 16, 24]}),
-    "layers_0_2_8_16": Fit({"pruning_layers": [0, 2, 8, 16]}),
+    "layers_6_12_18": Fit({"pruning_layers": [6, 12, 18], "layer_shares": [1.5, 1, 0.5]}),
+    "layers_1_13_25": Fit({"pruning_layers": [1, 13, 25], "layer_shares": [1.5, 1, 0.5]}),
+    "layers_2_8_16": Fit({"pruning_layers": [2, 8, 16], "layer_shares": [1.5, 1, 0.5]}),
 }
 
 
@@ -73,7 +80,8 @@ class Fits:
         base, data: folders.
         out: folder of `fits.json`; exists.
         size: of the testbed.
-        fits: by name; those whose layers do not fit the base are left out, with a message.
+        fits: by name; those whose layers the base does not have, or that no budget suits, are left out, with a
+            message.
         samples: training questions to remember.
         asked: held-back questions.
         workers: processes that read pictures.
@@ -97,12 +105,13 @@ class Fits:
 
         self.out, self.size, self.fits = out, size, fits
         layers = json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"]
-        self.configs = {}
+        self.configs: dict[str, PruneConfig] = {}
+        self.budgets: dict[str, list[float]] = {}
         for name, fit in fits.items():
             try:
                 config = PruneConfig.load(PRESET, {**size.prune, **fit.prune, "target_token_num": size.ablated})
                 config.check_layers(layers)
-                config.check_budget(size.vision_tokens, layers)
+                self.budgets[name] = _reachable(config, size, layers)
                 self.configs[name] = config
             except ValueError as error:
                 print(f"{name} is left out: {error}")
@@ -125,6 +134,7 @@ class Fits:
             **{f"prune_{name}": value for name, value in size.prune.items()},
             "prune_pruning_layers": every,
             "prune_layer_shares": [1] * len(every),
+            "prune_use_attn_residual": any(config.use_attn_residual for config in self.configs.values()),
             "prune_target_token_num": size.vision_tokens,
         }
         self.trainer = make_trainer(arguments(words))
@@ -195,6 +205,8 @@ class Fits:
         by_layer = {int(layer): pruner for layer, pruner in pruners.items()}
         for _ in range(fit.steps):
             lessons = self.memory.drawn(fit.batch_size, by_layer)
+            if not config.use_attn_residual:  # other fits may
+                lessons = {layer: lesson.without_attention() for layer, lesson in lessons.items()}
             with self._precision():
                 loss = config.guidance_weight * guidance_of(by_layer, lessons, self.handle.config.compile_layers)
             loss.backward()
@@ -229,29 +241,49 @@ class Fits:
             hits.append(((logits.argmax(-1) == answer) | (answer == IGNORE_INDEX)).all(-1))
         return torch.cat(hits).float().mean().item()
 
-    def run(self, seed: int = 0) -> list[dict[str, Any]]:
-        """Every fit at every budget: rows of `fit`, `steps` and the share right by budget; `fits.json` and a table."""
-        budgets = self.size.budgets
+    def run(self, seeds: Sequence[int] = (0,)) -> list[dict[str, Any]]:
+        """Every fit at every budget above its floor; `fits.json` and a table.
+
+        Returns:
+            Rows of `fit`, `steps` and `right`: the share right of each seed by budget.
+        """
         first = next(iter(self.configs.values()))
         with torch.no_grad(), attach_pruners(self.model, first):
             origin = self.answered("origin", {})
-        rows = [{"fit": ORIGIN, "right": dict.fromkeys(map(str, budgets), origin)}]
+        rows: list[dict[str, Any]] = [{"fit": ORIGIN, "right": {str(at): [origin] for at in self.size.budgets}}]
         print(f"{ORIGIN}: {origin:.1%}", flush=True)
         layers: dict[tuple, str] = {}
         for name, config in self.configs.items():
             fit, places = self.fits[name], (config.pruning_layers, config.layer_shares)
             if places not in layers:
                 layers[places] = f"{SLOPES}, {name}" if layers else SLOPES
-                rows.append({"fit": layers[places], "right": self._at(config, None)})
-            row = {"fit": name, "steps": fit.steps, "right": self._at(config, self.fitted(fit, config, seed))}
-            rows.append(row)
-            print(f"{name}: " + ", ".join(f"{value:.1%} at {at}" for at, value in row["right"].items()), flush=True)
-        write_text(self.out / "fits.json", json.dumps(rows, indent=1) + "\n")
-        _print(rows, budgets)
+                rows.append({"fit": layers[places], "right": self._at(config, self.budgets[name], [None])})
+            fitted = [self.fitted(fit, config, seed) for seed in seeds]
+            rows.append({"fit": name, "steps": fit.steps, "right": self._at(config, self.budgets[name], fitted)})
+            shown = (f"{mean(shares):.1%} at {at}" for at, shares in rows[-1]["right"].items())
+            print(f"{name}: " + ", ".join(shown), flush=True)
+            write_text(self.out / "fits.json", json.dumps(rows, indent=1) + "\n")
+        _print(rows, self.size.budgets)
         return rows
 
-    def _at(self, config: PruneConfig, pruners: nn.ModuleDict | None) -> dict[str, float]:
-        return {str(budget): self.right(config, pruners, budget) for budget in self.size.budgets}
+    def _at(
+        self, config: PruneConfig, budgets: list[float], fitted: list[nn.ModuleDict | None]
+    ) -> dict[str, list[float]]:
+        return {str(at): [self.right(config, pruners, at) for pruners in fitted] for at in budgets}
+
+
+def _reachable(config: PruneConfig, size: MiniSize, layers: int) -> list[float]:
+    """Budgets that a config can have, at least one; raises ValueError if it can have none."""
+    reachable = []
+    for budget in size.budgets:
+        try:
+            config.with_budget(budget).check_budget(size.vision_tokens, layers)
+            reachable.append(budget)
+        except UnreachableBudget as error:
+            refusal = error
+    if not reachable:
+        raise refusal
+    return reachable
 
 
 class _Known:
@@ -267,10 +299,18 @@ def _print(rows: list[dict[str, Any]], budgets: tuple[float, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="held-back questions answered right, by average tokens")
+    table = Table(title="held-back questions answered right, by average tokens: mean [95 % interval] of the seeds")
     table.add_column("fit", no_wrap=True)
     for name in ("steps", *(f"{budget:g}" for budget in budgets)):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["fit"], str(row.get("steps", "")), *(f"{row['right'][str(b)]:.1%}" for b in budgets))
-    Console(width=max(Console().width, 100)).print(table)
+        shares = [row["right"].get(str(budget)) for budget in budgets]
+        table.add_row(row["fit"], str(row.get("steps", "")), *(map(_shown, shares)))
+    Console(width=max(Console().width, WIDTH)).print(table)
+
+
+def _shown(shares: list[float] | None) -> str:
+    if shares is None:
+        return "floor"
+    centre, low, high = of_seeds(shares)
+    return f"{centre:.1%}" if len(shares) == 1 else f"{centre:.1%} [{low:.1%}, {high:.1%}]"

@@ -150,7 +150,7 @@ class Mini:
 
         budgets, seeds = self.plan.budgets, self.plan.seeds
         trainings = {budget: [self.training(MAIN, budget, seed) for seed in seeds] for budget in budgets}
-        adapted = [self.training(ADAPTED, self.plan.ablated, seed) for seed in seeds]
+        adapted = self._adapted()
         baselines = [
             self.comparison(f"baselines at {budget:g}", "test", [], budgets=(budget,)).job
             for budget in (budgets if self.plan.methods != "none" else ())
@@ -162,12 +162,7 @@ class Mini:
         }
         meanwhile = [comparison.job for comparison in compared.values()]
         self._run("adaptations and comparisons", [*(row.job for row in adapted), *meanwhile], self.plan.jobs)
-        alone = {"methods": "none", "budgets": budgets}  # each adapter is a base of its own
-        with_lora = [
-            self.comparison(f"compare {ADAPTED}, seed {row.seed}", "test", [row], model=row.job.folder, **alone)
-            for row in adapted
-            if not row.collapsed
-        ]
+        with_lora = self._compare_adapted("test", adapted, methods="none", budgets=budgets)
         self._run("comparisons of adapted", [comparison.job for comparison in with_lora], self.plan.jobs)
         timings = {}
         if times:
@@ -179,16 +174,35 @@ class Mini:
             self._run("times", [comparison.job for comparison in timings.values()], 1)
         write_results(self.out, self.size, self.amounts.questions, trainings, compared, with_lora, timings)
 
+    def _adapted(self) -> list[Training]:
+        """Of every seed, unless there is to be no adapter."""
+        seeds = self.plan.seeds if self.settings.adapted_steps else ()
+        return [self.training(ADAPTED, self.plan.ablated, seed) for seed in seeds]
+
+    def _compare_adapted(self, questions: str, adapted: list[Training], **settings: Any) -> list[Comparison]:
+        """Planned; one for each adapter, which is a base of its own."""
+        return [
+            self.comparison(
+                f"{ADAPTED}, seed {row.seed}, on {questions}", questions, [row], model=row.job.folder, **settings
+            )
+            for row in adapted
+            if not row.collapsed
+        ]
+
     def transfer(self) -> None:
-        """The main pruners, trained on one grid, on every other set; `transfer.*` in the output folder."""
+        """The main pruners and their adapters, trained on one grid, on every other set; `transfer.*`."""
         from .results import write_transfer
 
         trainings = [self.training(MAIN, self.plan.ablated, seed) for seed in self.plan.seeds]
+        adapted = self._adapted()
         self.train(trainings)
+        self.train(adapted)
         sets = ["test", *transfer_sets(self.size)]
         compared = {name: self.comparison(f"compare on {name}", name, trainings) for name in sets}
-        self._run("transfer", [comparison.job for comparison in compared.values()], self.plan.jobs)
-        write_transfer(self.out, self.amounts.questions, compared)
+        with_lora = {name: self._compare_adapted(name, adapted, methods="none") for name in sets}
+        jobs = [row.job for name in sets for row in (compared[name], *with_lora[name])]
+        self._run("transfer", jobs, self.plan.jobs)
+        write_transfer(self.out, self.amounts.questions, compared, with_lora)
 
     def ablations(self) -> None:
         """Every variant at one budget, asked what is not the test; `ablations.*` in the output folder."""
@@ -223,7 +237,8 @@ class Mini:
         """Fits of `samples` remembered questions, asked what is not the test; `fits.json` in the output folder."""
         began = time.monotonic()
         workers = self.settings.workers
-        Fits(self.base, self.data, self.out, self.size, fits, samples, self.amounts.questions, workers).run()
+        made = Fits(self.base, self.data, self.out, self.size, fits, samples, self.amounts.questions, workers)
+        made.run(self.plan.seeds)
         self.times["fits"] = time.monotonic() - began
 
     # ---- where the time went

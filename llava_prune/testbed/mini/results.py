@@ -143,7 +143,9 @@ def _best_baseline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return max(reached, key=lambda row: row["accuracy"], default=None)
 
 
-def write_transfer(out: Path, questions: int, compared: dict[str, Comparison]) -> None:
+def write_transfer(
+    out: Path, questions: int, compared: dict[str, Comparison], adapted: dict[str, list[Comparison]]
+) -> None:
     """`transfer.json`, `transfer.csv` and the table on the screen."""
     lines = []
     for name, comparison in compared.items():
@@ -151,7 +153,8 @@ def write_transfer(out: Path, questions: int, compared: dict[str, Comparison]) -
         budget = next((row["budget"] for row in rows if row["budget"] is not None), 0.0)
         part = [_line_of(rows[0], None, questions)]
         part += [_line_of(row, budget, questions) for row in rows if row["kind"] == BASELINE]
-        lines += [{"set": name, **line} for line in [*part, *_lines_of_ours(rows, budget, comparison)]]
+        part += _lines_of_ours(rows, budget, comparison) + _line_of_adapted(adapted[name], budget, rows)
+        lines += [{"set": name, **line} for line in part]
     _write(out, "transfer", lines, {"questions": questions})
     for name in compared:
         _print(name, [line for line in lines if line["set"] == name])
