@@ -1,4 +1,7 @@
-"""Variants of the pruner training: of the main one, and of a second one that goes on from it with all other losses."""
+"""Variants of what follows the main training: a second one with masks and all other losses, and adaptations.
+
+What the pruners themselves are made of is compared in `fits`, in seconds.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +42,6 @@ def _adapted(**prune: Any) -> Variant:
 
 VARIANTS = {
     MAIN: Variant(),
-    # the pruner, in the main training
-    "no_question": Variant({"use_question": False}),
-    "attn_residual": Variant({"use_attn_residual": True}),
-    "layers_1_8_16_24": Variant({"pruning_layers": [1, 8, 16, 24]}),
-    "layers_6_12_18": Variant({"pruning_layers": [6, 12, 18], "layer_shares": [1.5, 1, 0.5]}),
-    "layers_1_13_25": Variant({"pruning_layers": [1, 13, 25], "layer_shares": [1.5, 1, 0.5]}),
-    "layers_2_8_16": Variant({"pruning_layers": [2, 8, 16], "layer_shares": [1.5, 1, 0.5]}),
-    "layers_1_2_12_20": Variant({"pruning_layers": [1, 2, 12, 20], "layer_shares": [3, 1, 0.5, 0.2]}),
-    "equal_shares": Variant({"layer_shares": [1, 1, 1, 1]}),
     # a second training; those below differ from it in one thing
     "gan": _second(),
     "gan_slower": _second(pruner_lr=1e-5),

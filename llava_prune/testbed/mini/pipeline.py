@@ -208,12 +208,10 @@ class Mini:
         """Every variant at one budget, asked what is not the test; `ablations.*` in the output folder."""
         from .results import write_ablations
 
-        trainings: dict[str, list[Training]] = {}
-        for variant in self.plan.variants:
-            try:
-                trainings[variant] = [self.training(variant, self.plan.ablated, seed) for seed in self.plan.seeds]
-            except ValueError as error:
-                print(f"{variant} is left out: {error}")
+        trainings = {
+            variant: [self.training(variant, self.plan.ablated, seed) for seed in self.plan.seeds]
+            for variant in self.plan.variants
+        }
         self.train([training for row in trainings.values() for training in row])
         compared: dict[str, list[Comparison]] = {}
         for variant, row in trainings.items():

@@ -15,8 +15,6 @@ from .size import MiniSize
 
 COLLAPSED = "TrainingCollapsed"
 PRESET = "mini"
-# what variants of the main training may differ in: the pruners themselves
-OF_PRUNERS = ("pruning_layers", "layer_shares", "use_question", "use_attn_residual")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Trainings:
         """A training that is found again as long as all that determines it is the same; equal variants are one.
 
         Raises:
-            ValueError: the variant can not be had, as with layers whose floor is over the budget.
+            ValueError: the budget is under the floor.
         """
         chosen, settings = VARIANTS[variant], self.settings
         prune = {**self.size.prune, **chosen.prune, "target_token_num": budget}
@@ -117,10 +115,11 @@ class Trainings:
         config.check_budget(config.merger_tokens if config.enable_token_merger else self.size.vision_tokens, layers)
         guided, flags = None, dict(chosen.flags)
         if chosen.start:
-            own = {name: value for name, value in prune.items() if name in (*self.size.prune, *OF_PRUNERS)}
-            own["target_token_num"] = self.size.ablated  # guidance does not see it: one training for all budgets
-            name = f"guided {variant}, seed {seed}"
-            guided = self._job(name, seed, own, settings.guided_steps, settings.guided_batch_size, {})
+            # guidance does not see the budget: one training for all of them
+            own = {**self.size.prune, "target_token_num": self.size.ablated}
+            guided = self._job(
+                f"guided, seed {seed}", seed, own, settings.guided_steps, settings.guided_batch_size, {}
+            )
             flags["prune_start"] = guided.folder
         if config.guidance_only_ratio == 1 and not adapts:
             return Training(variant, budget, seed, guided, None, False, config.selection)
