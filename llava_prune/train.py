@@ -12,6 +12,7 @@ import dataclasses
 import os
 from typing import Any
 
+from .adaptation import check_adaptation, of_baseline
 from .config import PruneConfig
 
 _FLAG_TYPES: dict[str, Any] = {
@@ -28,7 +29,7 @@ _PREFIX = "prune_"
 
 
 def flag_fields() -> list[tuple[str, Any, Any]]:
-    """`--prune_config`, `--prune_start`, and an optional flag `--prune_<field>` for each field of `PruneConfig`."""
+    """`--prune_config`, `_start`, `_baseline`, and an optional `--prune_<field>` for each field of `PruneConfig`."""
     fields: list[tuple[str, Any, Any]] = [
         (
             "prune_config",
@@ -38,6 +39,8 @@ def flag_fields() -> list[tuple[str, Any, Any]]:
     ]
     start = {"help": "pruners to start from: the output of a training with the same layers and sizes of pruners"}
     fields.append(("prune_start", _optional(str | None), dataclasses.field(default=None, metadata=start)))
+    baseline = {"help": "training-free method that LoRA is adapted to, in place of pruners, at target_token_num"}
+    fields.append(("prune_baseline", _optional(str | None), dataclasses.field(default=None, metadata=baseline)))
     for item in dataclasses.fields(PruneConfig):
         metadata = {"help": item.metadata["help"]}
         kind = _optional(_FLAG_TYPES[str(item.type)])
@@ -55,7 +58,8 @@ def _optional(kind: Any) -> Any:
 def resolve_config(args: Any) -> PruneConfig:
     """The `PruneConfig` that parsed arguments ask for; raises ValueError as `PruneConfig.load`."""
     overrides = {name: getattr(args, _PREFIX + name) for name in PruneConfig.field_names()}
-    return PruneConfig.load(args.prune_config, {k: v for k, v in overrides.items() if v is not None})
+    config = PruneConfig.load(args.prune_config, {k: v for k, v in overrides.items() if v is not None})
+    return config if args.prune_baseline is None else of_baseline(config)
 
 
 def training_arguments_class(base: type) -> type:
@@ -136,7 +140,6 @@ def check_before_loading(module: Any) -> None:
     """Parse the command line and read the data before the model is loaded; raises ValueError."""
     import transformers
 
-    from .adaptation import check_adaptation
     from .compat import check_8bit_lora
     from .data_check import check_training_data
 
@@ -155,7 +158,8 @@ def check_before_loading(module: Any) -> None:
     if training_args.prune.alignment in ("gan", "mse", "mean_var"):
         training_args.prune.disc_layer_indices(base.num_hidden_layers)
     if not training_args.prune.train_pruners:
-        check_adaptation(training_args.prune, training_args.prune_start, training_args.lora_enable)
+        kept_by = (training_args.prune_start, training_args.prune_baseline)
+        check_adaptation(training_args.prune, *kept_by, training_args.lora_enable)
     if training_args.bits == 8 and training_args.lora_enable:
         check_8bit_lora()
     if training_args.local_rank in (-1, 0):

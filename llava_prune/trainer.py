@@ -21,13 +21,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import compat
 from .adaptation import check_adaptation, drawn_budget, kept_metrics, without_adapters
 from .adversary import Adversary
+from .baselines import attach_baseline
 from .checkpoint import read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
 from .guidance import guidance_of, guided_pass, lessons_of, mean_guidance
 from .layout import gather_rows, padded_index
 from .losses import kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
-from .patch import attach_pruners, prune_mode
+from .patch import PruneHandle, attach_pruners, prune_mode
 from .replay import Replay, joined
 from .sampling import SeededSampler
 from .schedules import ScheduleValues, schedule
@@ -52,8 +53,12 @@ class PruneTrainerMixin:
 
     def __init__(self, model: nn.Module, args: Any, **kwargs: Any):
         self.prune: PruneConfig = args.prune
+        self.lora = bool(getattr(args, "lora_enable", False))
+        if not self.prune.train_pruners:
+            check_adaptation(self.prune, args.prune_start, args.prune_baseline, self.lora)
         set_seed(args.seed)  # the host seeds later than the pruners are made
-        self.prune_handle = attach_pruners(model, self.prune)
+        self.prune_handle = _attach(model, self.prune, args.prune_baseline)
+        self.has_pruners = args.prune_baseline is None
         if args.prune_start is not None:
             description = start_from(model, args.prune_start)
             if not self.prune.train_pruners:
@@ -67,9 +72,6 @@ class PruneTrainerMixin:
             state.feature_layers = (num_layers - 1,)
         elif self.prune.alignment != "none":
             state.feature_layers = self.prune.disc_layer_indices(num_layers)
-        self.lora = bool(getattr(args, "lora_enable", False))
-        if not self.prune.train_pruners:
-            check_adaptation(self.prune, args.prune_start, self.lora)
         _set_trainable(model, self.prune_handle.pruners, self.prune, self.lora)
         if self.prune.compile_layers:
             check_compilable(self.prune_handle.decoder)
@@ -330,7 +332,7 @@ class PruneTrainerMixin:
             self._take_up(finished)
             self.prune_handle.pruners.load_state_dict(read_weights(finished))
             self.state, result = TrainerState.load_from_json(str(Path(finished) / "trainer_state.json")), None
-        save_pruners(self.model, self.args.output_dir, write=self.args.should_save)
+        self._save_pruners(self.args.output_dir)
         # LLaVA's LoRA saving collects whatever is trainable; the pruners have a file of their own
         self.prune_handle.pruners.requires_grad_(False)
         return result
@@ -347,7 +349,11 @@ class PruneTrainerMixin:
         output_dir = output_dir or self.args.output_dir
         if self.prune.train_base and not self.lora:
             super().save_model(output_dir, _internal_call)
-        save_pruners(self.model, output_dir, write=self.args.should_save)
+        self._save_pruners(output_dir)
+
+    def _save_pruners(self, output_dir: str) -> None:
+        if self.has_pruners:
+            save_pruners(self.model, output_dir, write=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         state_dict = self.model.state_dict() if state_dict is None else state_dict
@@ -373,6 +379,8 @@ class PruneTrainerMixin:
 
     def _take_up(self, checkpoint: str) -> None:
         """Go on from what a checkpoint says of its pruners; one of other settings must not be gone on with."""
+        if not self.has_pruners:
+            return
         description = read_description(checkpoint)
         written, now = description["prune_config"], self.prune.to_dict()
         changed = sorted(name for name in now if written.get(name) != now[name])
@@ -396,7 +404,15 @@ class PruneTrainerMixin:
         """Only called without DeepSpeed."""
         if self.prune.train_base or self.lora:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
+        if self.has_pruners:
+            self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
+
+
+def _attach(model: nn.Module, config: PruneConfig, baseline: str | None) -> PruneHandle:
+    """What keeps tokens in the training: pruners, or a baseline that LoRA is adapted to."""
+    if baseline is None:
+        return attach_pruners(model, config)
+    return attach_baseline(model, baseline, config.target_token_num)
 
 
 def _ratios_of_images(metrics: dict[str, float]) -> dict[str, float]:

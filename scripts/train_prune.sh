@@ -7,7 +7,8 @@
 # The real recipe, in the shape of LLaVA's own finetune_task.sh:
 #   MODEL=liuhaotian/llava-v1.5-7b DATA=llava_v1_5_mix665k.json IMAGES=playground/data GPUS=8 ZERO=3 PRESET=avg128 \
 #       bash scripts/train_prune.sh
-# ADAPT=DIR leaves the pruners in DIR as they are and trains LoRA to answer from what they keep.
+# ADAPT=DIR leaves the pruners in DIR as they are and trains LoRA to answer from what they keep, BASELINE=NAME from what
+# a training-free method keeps (with --prune_target_token_num N).
 # LORA=1 trains LoRA adapters beside the pruners, BITS=4 (or 8) loads the base quantised, HOSTFILE=FILE runs on
 # several machines. Arguments of this script go to the training as they are: bash scripts/train_prune.sh --seed 1
 set -euo pipefail
@@ -23,12 +24,14 @@ GPUS=${GPUS:-}                         # processes on this machine; empty: all G
 ZERO=${ZERO:-2}                        # 2, 3, 2_offload or 3_offload
 PRESET=${PRESET:-}                     # a preset's name or a YAML file
 ADAPT=${ADAPT:-}                       # folder of trained pruners: LoRA adapts to them, with the same PRESET
-LORA=${LORA:-$([ -n "$ADAPT" ] && echo 1 || echo 0)}   # 1: LoRA on the language model too
+BASELINE=${BASELINE:-}                 # name of a training-free method: LoRA adapts to it
+ADAPTS=$([ -n "$ADAPT$BASELINE" ] && echo 1 || echo 0)
+LORA=${LORA:-$ADAPTS}                  # 1: LoRA on the language model too
 BITS=${BITS:-16}                       # 4 or 8: quantised base
 HOSTFILE=${HOSTFILE:-}                 # DeepSpeed's list of machines
 PORT=${PORT:-29500}
 
-NAME=${MODEL:+$(basename "$MODEL")-}$([ -n "$ADAPT" ] && echo adapted || echo prune)
+NAME=${MODEL:+$(basename "$MODEL")-}$([ "$ADAPTS" = 1 ] && echo "adapted${BASELINE:+-$BASELINE}" || echo prune)
 [ "$SEED" = 0 ] || NAME=$NAME-seed$SEED
 if [ "$LORA" = 1 ]; then
     # LLaVA's loader tells a LoRA checkpoint by its folder's name
@@ -53,7 +56,7 @@ else
     export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 
-if [ -n "$ADAPT" ]; then
+if [ "$ADAPTS" = 1 ]; then
     LR=${LR:-$([ -n "$MODEL" ] && echo 2e-4 || echo 5e-4)}   # of LLaVA's own LoRA recipe; of the testbed
 fi
 if [ -z "$MODEL" ]; then
@@ -88,6 +91,9 @@ fi
 ADAPT_FLAGS=()
 if [ -n "$ADAPT" ]; then
     ADAPT_FLAGS=(--prune_start "$ADAPT" --prune_train_pruners False)
+fi
+if [ -n "$BASELINE" ]; then
+    ADAPT_FLAGS+=(--prune_baseline "$BASELINE")
 fi
 LAUNCHER=(deepspeed --master_port "$PORT")
 if [ -n "$HOSTFILE" ]; then
@@ -139,6 +145,11 @@ fi
 
 CHECKPOINT=(--model-path "$MODEL")
 [ "$LORA" != 1 ] || CHECKPOINT=(--model-path "$OUT" --model-base "$MODEL")
+if [ -n "$BASELINE" ]; then
+    echo "LoRA is in $OUT; hold it against others with:"
+    echo "  python -m llava_prune compare --model $OUT --model_base $MODEL --methods $BASELINE --budgets ..."
+    exit 0
+fi
 if [ -z "$TESTBED" ]; then
     echo "pruners are in $OUT; answer any LLaVA benchmark with them:"
     echo "  python -m llava_prune run --pruners $OUT --mode hard -m llava.eval.model_vqa_loader ${CHECKPOINT[*]} ..."

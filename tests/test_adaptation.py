@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tiny import batch_of, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
-from llava_prune.adaptation import check_adaptation, drawn_budget, without_adapters
+from llava_prune.adaptation import check_adaptation, drawn_budget, kept_metrics, of_baseline, without_adapters
+from llava_prune.baselines import attach_baseline
 
 LAYERS = (0, 3)
 EXACT = {"pruning_layers": LAYERS, "selection": "topk", "target_token_num": 6, "pruner_dim": 16}
@@ -84,11 +85,32 @@ def test_budgets_are_drawn_from_all_of_the_range():
 def test_there_must_be_pruners_and_something_that_learns():
     config = PruneConfig(**ADAPTING)
     with pytest.raises(ValueError, match="give trained ones with --prune_start"):
-        check_adaptation(config, None, True)
+        check_adaptation(config, None, None, True)
     with pytest.raises(ValueError, match="nothing would learn; add --lora_enable True"):
-        check_adaptation(config, "pruners", False)
-    check_adaptation(config, "pruners", True)
-    check_adaptation(PruneConfig(**ADAPTING, train_base=True), "pruners", False)
+        check_adaptation(config, "pruners", None, False)
+    check_adaptation(config, "pruners", None, True)
+    check_adaptation(PruneConfig(**ADAPTING, train_base=True), "pruners", None, False)
+    with pytest.raises(ValueError, match="not both"):
+        check_adaptation(config, "pruners", "fastv", True)
+    check_adaptation(config, None, "fastv", True)
+
+
+def test_a_baseline_keeps_the_target_and_nothing_is_aligned():
+    config = of_baseline(PruneConfig(**{**ADAPTING, "max_keep": None}))
+    assert (config.selection, config.target_token_num, config.token_num_range) == ("topk", 6, None)
+    assert (config.alignment, config.train_pruners) == ("none", False)
+    with pytest.raises(ValueError, match="set target_token_num"):
+        of_baseline(PruneConfig(target_sparsity=0.5))
+
+
+def test_the_share_that_a_baseline_keeps_is_of_what_there_was(tower_folder):
+    model = tiny_llava(tower_folder)
+    inputs = batch_of([9, 12, 6], [1, 2, 0], answers=[2, 3, 2])
+    for name in ("divprune", "fastv"):
+        with torch.no_grad(), attach_baseline(model, name, 6) as handle:
+            model(**inputs, use_cache=False)
+            share = kept_metrics(handle.state.record, handle.num_layers)["prune/kept_share"]
+        assert share.item() == pytest.approx(6 / handle.vision_tokens, abs=0.05), name
 
 
 @pytest.mark.parametrize(
@@ -131,5 +153,22 @@ def test_lora_learns_to_answer_from_what_trained_pruners_keep(testbed, tmp_path)
         assert any(weight.abs().sum() > 0 for name, weight in adapter.items() if "lora_B" in name)
         assert not json.loads((out / "prune_config.json").read_text())["prune_config"]["train_pruners"]
     resumed = train(testbed, out, stage=3, steps=4, **flags, **checkpoints)
+    assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
+    assert resumed[2]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("baseline", ["divprune", "fastv"])
+def test_lora_learns_to_answer_from_what_a_baseline_keeps(testbed, tmp_path, baseline):
+    flags = {"prune_baseline": baseline, "prune_config": "mosaic_guided", "prune_target_token_num": 48}
+    flags |= {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3}
+    out = tmp_path / "llava-lora"
+    logs = train(testbed, out, stage=2, steps=3, **flags, save_strategy="steps", save_steps=2)
+    assert all(entry["prune/kept_share"] == pytest.approx(48 / 144, abs=0.01) for entry in logs)
+    assert not any("loss/adversarial" in entry or "loss/guidance" in entry for entry in logs)
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert any(weight.abs().sum() > 0 for name, weight in adapter.items() if "lora_B" in name)
+    assert not list(out.rglob("pruners.safetensors")), "there are none"
+    resumed = train(testbed, out, stage=2, steps=4, **flags, save_strategy="steps", save_steps=2)
     assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
     assert resumed[2]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)

@@ -219,6 +219,16 @@ def test_lora_trains_beside_the_pruners(bed, tmp_path):
         assert chat.answers([Sample(Image.new("RGB", (64, 64)), "Is there a circle?")], 2)
 
 
+@pytest.mark.parametrize("baseline", ["divprune", "fastv"])
+def test_lora_learns_to_answer_from_what_a_baseline_keeps(bed, tmp_path, baseline):
+    flags = {"prune_baseline": baseline, "prune_target_token_num": 48, "lora_enable": True, "lora_r": 4}
+    logs = run(bed, tmp_path, stage=None, steps=2, data="mixed.json", **flags)
+    assert all(entry["prune/kept_share"] == pytest.approx(48 / 144, abs=0.01) for entry in logs)
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name), "LoRA did not move"
+    assert not list(tmp_path.rglob("pruners.safetensors")), "there are none"
+
+
 def test_under_guidance_alone_pruners_run_in_half_precision_too(bed, tmp_path):
     """The host's autocast is around the model's forward alone, where pruners do not run then."""
     words = ["--model_name_or_path", bed / "hf", "--data_path", bed / "yes.json", "--image_folder", bed]
