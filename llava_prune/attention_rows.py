@@ -22,7 +22,6 @@ def attention_of_rows(
     layout: TokenLayout,
     rows: Rows,
     present: Tensor | None,
-    bias: Tensor | None,
     index: Tensor,
     valid: Tensor,
 ) -> Tensor:
@@ -33,7 +32,6 @@ def attention_of_rows(
         call: the layer's arguments, hidden states (B, S, D).
         rows: which positions the S rows are.
         present: (B, S) bool, rows that may be attended, or None for all.
-        bias: (B, S) attention bias of a soft mask, or None.
         index: (B, Q) long, the rows that attend.
         valid: (B, Q) bool, False at filler.
 
@@ -54,8 +52,6 @@ def attention_of_rows(
     query = query.unflatten(1, (key.shape[1], -1))  # (B, key heads, group, Q, d)
 
     scores = torch.einsum("bkgqd,bksd->bkgqs", query.float(), key.float()) / head_dim**0.5
-    if bias is not None:
-        scores = scores + bias[:, None, None, None, :]
     allowed = rows.flags(layout.valid)
     if present is not None:
         allowed = allowed & present

@@ -167,11 +167,10 @@ class LayerForward:
         past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()
         past_kept = record.kept[before[-1]] if before else layout.vision_valid
 
-        if record.mode == "soft":
-            visible = {"bias": self._spread(log_bias(past_mask), record)}
-        else:
-            visible = {"present": ~layout.vision | self._spread(past_kept, record)}
-        view = LayerView.of_all_rows(self.layer, call, record, alive=past_kept, counts=self._counts(record), **visible)
+        # in training too a pruner looks at what it would be shown in inference: no gradient goes this way, which from
+        # pruner to pruner has been seen to grow beyond all numbers
+        seen = {"present": ~layout.vision | self._spread(past_kept, record), "alive": past_kept}
+        view = LayerView.of_all_rows(self.layer, call, record, counts=self._counts(record), **seen)
         scores = self.scorer(view)
         keep = self.select(scores.value, view)
         if scores.logits is None:
@@ -298,7 +297,7 @@ class LayerForward:
         if not rows.complete(record.prefill_length):
             self._shrink_positions(inputs, rows)
         indices = (vision_index, alive, question_index, question_valid)
-        view = LayerView(self.layer, inputs, record, rows, rows.valid, None, *indices, self._counts(record))
+        view = LayerView(self.layer, inputs, record, rows, rows.valid, *indices, self._counts(record))
         scores = self.scorer(view)
         keep = self.select(scores.value, view)
         if scores.vision is not None:

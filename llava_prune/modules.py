@@ -3,8 +3,6 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .soft_attention import biased_attention
-
 
 def init_weights(module: nn.Module) -> None:
     """Initialise every Linear and LayerNorm explicitly.
@@ -51,12 +49,8 @@ class CrossAttention(nn.Module):
         query, key, value = (
             split(to(x)) for to, x in ((self.to_query, query), (self.to_key, context), (self.to_value, context))
         )
-        if context_mask is not None and context_mask.requires_grad:
-            # of a mask argument torch would make the gradient for each head and query, (B, heads, N, S)
-            attended = biased_attention(query, key, value, context_mask, is_causal=False)
-        else:
-            mask = None if context_mask is None else context_mask[:, None, None, :]
-            if mask is not None and mask.is_floating_point():
-                mask = mask.to(query.dtype)
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mask = None if context_mask is None else context_mask[:, None, None, :]
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.to_output(attended.transpose(1, 2).flatten(2))

@@ -82,7 +82,7 @@ class LayerPruner(nn.Module):
         Args:
             vision: (B, N, hidden_size) hidden states entering the pruning layer.
             places: (B, N, 2) row and column of each token in its picture, in (0, 1).
-            visible: (B, N) fp32 bias of every look at each token: 0, the log of a soft mask, or very low.
+            visible: (B, N) fp32 bias of every look at each token: 0, or very low where it is gone.
             question: (B, Q, hidden_size) the question's hidden states at the same layer; Q may be 0.
             question_mask: (B, Q) bool, False at padding.
             attn_residual: (B, N) question-to-vision attention relative to uniform, or None.

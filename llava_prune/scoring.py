@@ -33,7 +33,6 @@ class LayerView:
         record: of the running forward.
         rows: which positions the S rows are.
         present: (B, S) bool, rows that may be attended, or None for all.
-        bias: (B, S) attention bias of a soft mask, or None.
         vision_index, alive: (B, N) rows of the vision tokens in order; False where dropped, and at filler.
         question_index, question_valid: (B, Q) rows of the question.
         counts: (B,) long, vision tokens to keep, or None where a threshold decides.
@@ -44,7 +43,6 @@ class LayerView:
     record: ForwardRecord
     rows: Rows
     present: Tensor | None
-    bias: Tensor | None
     vision_index: Tensor
     alive: Tensor
     question_index: Tensor
@@ -73,11 +71,8 @@ class LayerView:
 
     @property
     def visible(self) -> Tensor:
-        """(B, N) fp32 bias of looks at the vision tokens: 0 or a soft mask's while alive, else `HIDDEN`."""
-        bias = torch.zeros_like(self.vision_index, dtype=torch.float32)
-        if self.bias is not None:
-            bias = self.bias.float().gather(1, self.vision_index)
-        return bias.masked_fill(~self.alive, HIDDEN)
+        """(B, N) fp32 bias of looks at the vision tokens: 0 while alive, else `HIDDEN`."""
+        return torch.zeros_like(self.vision_index, dtype=torch.float32).masked_fill(~self.alive, HIDDEN)
 
     @property
     def predicting(self) -> Tensor | None:
@@ -98,7 +93,7 @@ class LayerView:
 
     def attention(self, index: Tensor, valid: Tensor) -> Tensor:
         """(B, N) fp32 attention that the rows `index` (B, Q) pay each vision token, mean over heads and rows."""
-        paid = attention_of_rows(self.layer, self.call, self.layout, self.rows, self.present, self.bias, index, valid)
+        paid = attention_of_rows(self.layer, self.call, self.layout, self.rows, self.present, index, valid)
         return paid.gather(1, self.vision_index)
 
     @classmethod
@@ -109,7 +104,6 @@ class LayerView:
         fields = {
             "rows": Rows.full(*hidden.shape[:2], hidden.device),
             "present": None,
-            "bias": None,
             "alive": layout.vision_valid,
         }
         indices = (layout.vision_index, layout.question_index, layout.question_valid)

@@ -94,19 +94,19 @@ def _layer(layer: nn.Module, hidden: Tensor, tables: Tables, bias: Tensor | None
         value = value * gate[:, None, :, None].to(value.dtype)
     if bias is None:
         return finish(layer, hidden, attend(query, key, value, is_causal=True))
-    return finish(layer, hidden, biased_attention(query, key, value, bias, is_causal=True))
+    return finish(layer, hidden, biased_attention(query, key, value, bias))
 
 
-def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, is_causal: bool) -> Tensor:
-    """(B, heads, T, d) of attention to S keys with `bias` (B, S) fp32 on them, scaled by 1 / sqrt(d)."""
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """(B, heads, T, d) of causal attention with `bias` (B, T) fp32 on the keys, scaled by 1 / sqrt(d)."""
     # inside of a program for any length FlexAttention is no faster
-    if is_causal and bias.requires_grad and not torch.compiler.is_compiling():
+    if bias.requires_grad and not torch.compiler.is_compiling():
         if causal_flex().suits(query, key):
             return causal_flex()(query, key, value, bias)
-    return by_channels(query, key, value, bias, is_causal)
+    return by_channels(query, key, value, bias)
 
 
-def by_channels(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, is_causal: bool) -> Tensor:
+def by_channels(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """The same in kernels that know of no bias, everywhere."""
     width = query.shape[-1]
     channels = _channels(bias * width**0.5, query.dtype)  # (B, S, 1 or 2)
@@ -116,7 +116,7 @@ def by_channels(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, is_caus
     ones = query.new_ones(1).expand(*query.shape[:-1], channels.shape[-1])
     biases = channels[:, None].expand(-1, key.shape[1], -1, -1)
     queries, keys = (_widened(torch.cat(pair, -1), total) for pair in ((query, ones), (key, biases)))
-    attended = attend(queries, keys, _widened(value, total), is_causal=is_causal, scale=width**-0.5)
+    attended = attend(queries, keys, _widened(value, total), is_causal=True, scale=width**-0.5)
     return attended[..., :width]
 
 

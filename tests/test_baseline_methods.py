@@ -302,7 +302,7 @@ def test_attention_of_rows_is_the_layers_own(tower_folder):
         length = layout.valid.shape[1]
         index = torch.tensor([[5, 20], [30, 40]])
         valid = torch.tensor([[True, True], [True, False]])
-        paid = attention_of_rows(layer, seen, layout, Rows.full(2, length, index.device), None, None, index, valid)
+        paid = attention_of_rows(layer, seen, layout, Rows.full(2, length, index.device), None, index, valid)
     torch.testing.assert_close(paid[0], expected[0, [5, 20]].mean(0))
     torch.testing.assert_close(paid[1], expected[1, 30])
 

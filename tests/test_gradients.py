@@ -6,6 +6,7 @@ from tiny import batch_of, randomise_pruners
 
 from llava_prune import PruneConfig, attach_pruners, prune_mode
 from llava_prune.objective import budget_terms
+from llava_prune.soft_attention import HIDDEN
 
 CONFIG = PruneConfig(
     pruning_layers=(1, 3),
@@ -57,6 +58,21 @@ def test_checkpointing_changes_no_gradient(tower_folder, estimator):
     checkpointed = gradients(tiny_llava(tower_folder), config, "soft", True)
     for name, gradient in stored.items():
         assert torch.allclose(gradient, checkpointed[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("estimator", ["gumbel_soft", "gumbel_st"])
+def test_a_pruner_looks_in_training_at_what_it_would_be_shown_in_inference(llava, estimator):
+    """Were it shown the noisy masks, slopes from pruner to pruner would multiply, up to a million each."""
+    config = PruneConfig(pruning_layers=(1, 3), target_token_num=6, pruner_dim=16, pruner_heads=4, estimator=estimator)
+    handle = attach_pruners(llava.train().requires_grad_(False), config)
+    randomise_pruners(handle, bias=0.0)
+    seen = []
+    hook = handle.pruners.layers["3"].register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    with hook, prune_mode(llava, "soft"):
+        llava(**batch_of([9, 12], [1, 1], answers=[2, 2]))
+    kept = handle.state.record.kept[1]
+    assert 0 < kept.sum() < kept.numel() and not seen[0].requires_grad
+    assert torch.equal(seen[0] == 0, kept) and (seen[0][~kept] == HIDDEN).all()
 
 
 def test_a_batch_without_images_still_runs_every_pruner(llava):

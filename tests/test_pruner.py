@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention as masked
 
-from llava_prune import PruneConfig, modules
+from llava_prune import PruneConfig
 from llava_prune.layout import TokenLayout
 from llava_prune.pruner import LayerPruner, PrunerInputs, logits_of, waves
 from llava_prune.soft_attention import HIDDEN
@@ -76,22 +75,6 @@ def test_at_the_start_tokens_look_at_what_is_near():
     own, following = scores.diagonal().mean(), scores.diagonal(1).mean()
     others = scores[torch.ones_like(scores, dtype=torch.bool).triu(2)].mean()
     assert own > 1.1 * following > 1.1**2 * others
-
-
-def test_visibility_with_a_gradient_weighs_as_a_mask_would(monkeypatch):
-    """The bias of a soft mask that learns goes another way through attention: same logits, same slopes of the bias."""
-    pruner = pruner_of()
-    vision, places, _, *question = inputs_of(1)
-    weights = torch.randn(1, 5)
-    found = []
-    for biased in (modules.biased_attention, lambda q, k, v, bias, is_causal: masked(q, k, v, bias[:, None, None])):
-        monkeypatch.setattr(modules, "biased_attention", biased)
-        visible = torch.linspace(-3, 0, 5)[None].requires_grad_()
-        logits = pruner(vision, places, visible, *question)
-        found.append((logits, *torch.autograd.grad((logits[..., 1] * weights).sum(), visible)))
-    assert found[0][1].abs().min() > 0
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from llava_prune.compat import find_decoder
 from llava_prune.soft_attention import HIDDEN, biased_attention, biased_layer, check_compilable
 
 
-def with_a_mask(query, key, value, bias, is_causal=True):
+def with_a_mask(query, key, value, bias):
     """The same by torch's own additive mask, in fp64."""
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, 1).double() for states in (key, value))
-    future = torch.full((query.shape[2], key.shape[2]), is_causal).triu(1)
+    future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).triu(1)
     scores = query.double() @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + bias.double()[:, None, None]
     return scores.masked_fill(future, -torch.inf).softmax(-1) @ value
 
@@ -26,21 +26,19 @@ def states(batch, heads, length, width, generator, dtype=torch.float32):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.sampled_from([1, 2, 4]), st.integers(0, 10**6))
-def test_values_and_gradients_are_those_of_a_mask(batch, length, others, key_heads, seed):
-    """Of causal attention, and of attention to as many other keys as one likes."""
+@given(st.integers(1, 3), st.integers(1, 20), st.sampled_from([1, 2, 4]), st.integers(0, 10**6))
+def test_values_and_gradients_are_those_of_a_mask(batch, length, key_heads, seed):
     generator = torch.Generator().manual_seed(seed)
     query = states(batch, 4, length, 8, generator)
-    for is_causal, keys in ((True, length), (False, others)):
-        key, value = (states(batch, key_heads, keys, 8, generator) for _ in range(2))
-        bias = (torch.rand(batch, keys, generator=generator) * -14).requires_grad_()
-        inputs = (query, key, value, bias)
-        found, expected = biased_attention(*inputs, is_causal), with_a_mask(*inputs, is_causal)
-        weights = torch.randn(found.shape, generator=generator)
-        torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
-        gradients = [torch.autograd.grad((o * weights).sum(), inputs) for o in (found, expected)]
-        for one, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    key, value = (states(batch, key_heads, length, 8, generator) for _ in range(2))
+    bias = (torch.rand(batch, length, generator=generator) * -14).requires_grad_()
+    inputs = (query, key, value, bias)
+    found, expected = biased_attention(*inputs), with_a_mask(*inputs)
+    weights = torch.randn(found.shape, generator=generator)
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+    gradients = [torch.autograd.grad((o * weights).sum(), inputs) for o in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_hidden_keys_weigh_nothing():
@@ -50,7 +48,7 @@ def test_hidden_keys_weigh_nothing():
     bias[0, 3:5] = HIDDEN
     changed = value.detach().clone()
     changed[:, :, 3:5] = 1e4
-    found, expected = (biased_attention(query, key, v, bias, is_causal=True)[:, :, 5:] for v in (value, changed))
+    found, expected = (biased_attention(query, key, v, bias)[:, :, 5:] for v in (value, changed))
     torch.testing.assert_close(found, expected)
 
 
@@ -61,7 +59,7 @@ def test_half_precision_does_not_round_the_bias(dtype):
     query = torch.zeros(1, 1, 64, 8, dtype=dtype)
     key, value = (torch.randn(1, 1, 64, 8, generator=generator).to(dtype) for _ in range(2))
     bias = torch.rand(1, 64, generator=generator) * -6
-    found, exact = biased_attention(query, key, value, bias, is_causal=True), with_a_mask(query, key, value, bias)
+    found, exact = biased_attention(query, key, value, bias), with_a_mask(query, key, value, bias)
     rounded = with_a_mask(query, key, value, (bias * 8**0.5).to(dtype).float() / 8**0.5)
     error, of_rounding = (found - exact).abs().max(), (rounded - exact).abs().max()
     assert error < 2 * torch.finfo(dtype).eps + of_rounding / 2

@@ -129,7 +129,7 @@ class Stage:
         question = padded_index(rows.flags(layout.question), width=layout.question_index.shape[1])
         call = {"hidden_states": hidden, "position_embeddings": tables}
         layer = self.layers[self.end]
-        view = LayerView(layer, call, record, rows, valid, None, vision_index, alive, *question, counts)
+        view = LayerView(layer, call, record, rows, valid, vision_index, alive, *question, counts)
         scorer = self.decision.scorer
         scores = scorer(view, self.parts) if isinstance(scorer, PrunerScorer) else scorer(view)
         chosen = self.decision.select(scores.value, view)
