@@ -75,6 +75,24 @@ def test_a_pruner_looks_in_training_at_what_it_would_be_shown_in_inference(llava
     assert torch.equal(seen[0] == 0, kept) and (seen[0][~kept] == HIDDEN).all()
 
 
+def test_no_draw_of_the_noise_rules_a_training(llava):
+    """Where noise drops all that a pruner would look at, its gradient is still of the size of any other."""
+    config = PruneConfig(
+        pruning_layers=(0, 1, 2, 3), target_token_num=6, pruner_dim=16, pruner_heads=4, estimator="gumbel_st"
+    )
+    llava.train().requires_grad_(False)
+    sizes = []
+    for seed in range(40):
+        with attach_pruners(llava, config) as handle, prune_mode(llava, "soft"):
+            randomise_pruners(handle, seed, bias=-0.1, scale=0.5)
+            handle.pruners.requires_grad_(True)
+            torch.manual_seed(seed)
+            llava(**batch_of([9, 12], [1, 1], answers=[2, 2])).loss.backward()
+            sizes.append(max(p.grad.norm() for p in handle.pruners.parameters() if p.grad is not None))
+    sizes = torch.stack(sizes)
+    assert sizes.max() < 20 * sizes.median()
+
+
 def test_a_batch_without_images_still_runs_every_pruner(llava):
     """A rank whose samples are all text must not leave the others waiting in a collective."""
     config = PruneConfig.from_dict({**CONFIG.to_dict(), "enable_token_merger": False})
