@@ -6,7 +6,6 @@ pruner, one summed loss and one backward through the engine; then the discrimina
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +23,7 @@ from .adversary import Adversary
 from .baselines import attach_baseline
 from .checkpoint import read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
+from .guards import check_guards
 from .guidance import guidance_of, guided_pass, lessons_of, mean_guidance
 from .layout import gather_rows, padded_index
 from .losses import kl_loss, mean_var_loss, mse_loss
@@ -37,10 +37,6 @@ from .state import ForwardRecord
 from .turns import supervise_one_turn
 
 ADVERSARY_FILE = "adversary.pt"
-
-
-class TrainingCollapsed(RuntimeError):
-    """The keep ratio or the task loss left its band; the last checkpoint is from before."""
 
 
 class PruneTrainerMixin:
@@ -276,34 +272,7 @@ class PruneTrainerMixin:
             ratios = [metrics[f"prune/keep_ratio_l{layer}"] for layer in self.prune.pruning_layers]
             self.prune_handle.state.keep_fractions = tuple(ratios)
         if metrics:
-            self._check_guards()
-
-    def _check_guards(self) -> None:
-        """Stop when the last `guard_patience` logs all lie outside the band; single batches may well do."""
-        config, patience = self.prune, self.prune.guard_patience
-        entries = [entry for entry in self.state.log_history if "loss/task" in entry]
-        if len(entries) < 2 * patience:
-            return
-        recent = entries[-patience:]
-        start = statistics.median(entry["loss/task"] for entry in entries[:patience])
-        advice = f"; the last checkpoint in {self.args.output_dir} is from before this message"
-        if not any(entry["loss/task"] <= start + config.guard_task_loss for entry in recent):
-            raise TrainingCollapsed(
-                f"task loss {recent[-1]['loss/task']:.3g} at step {self.state.global_step} stays more than "
-                f"guard_task_loss {config.guard_task_loss:g} above its start, {start:.3g}: the pruners drop what "
-                "the answer needs. Lower pruner_lr or adversarial_weight_end, or raise target_warmup_ratio" + advice
-            )
-        floor = config.pruning_layers[0] / self.prune_handle.num_layers
-        kept = [entry for entry in entries if "prune/keep_ratio" in entry][-patience:]  # not in logs without images
-        if kept and not any(
-            entry["prune/keep_ratio"] - floor >= config.guard_keep_ratio * (entry["prune/target_ratio"] - floor)
-            for entry in kept
-        ):
-            raise TrainingCollapsed(
-                f"average tokens stay at {kept[-1]['prune/keep_ratio']:.1%} of the vision tokens at step "
-                f"{self.state.global_step}, target {kept[-1]['prune/target_ratio']:.1%}: the keep ratio collapsed. "
-                "Lower pruner_lr or raise task_weight_start" + advice
-            )
+            check_guards(self.prune, self.state.log_history, self.prune_handle.num_layers, self.args.output_dir)
 
     # ---- saving and resuming
 

@@ -1,27 +1,20 @@
 """A run that has collapsed stops with a message; one odd batch does not stop it."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from llava_prune import PruneConfig, trainer
-from llava_prune.trainer import PruneTrainerMixin, TrainingCollapsed
+from llava_prune.guards import TrainingCollapsed, check_guards
 
 
-def check(task=None, kept=None, patience=3):
+def check(task=None, kept=None):
     """Run the guards over logged task losses and keep ratios, target 0.25 and floor 0.125."""
     length = len(task or kept)
     logs = [
-        {"loss/task": t, "prune/keep_ratio": k, "prune/target_ratio": 0.25}
-        for t, k in zip(task or [0.1] * length, kept or [0.25] * length, strict=True)
+        {"step": i, "loss/task": t, "prune/keep_ratio": k, "prune/target_ratio": 0.25}
+        for i, (t, k) in enumerate(zip(task or [0.1] * length, kept or [0.25] * length, strict=True))
     ]
-    trainer = SimpleNamespace(
-        prune=PruneConfig(pruning_layers=(1,), target_token_num=36, guard_patience=patience),
-        prune_handle=SimpleNamespace(num_layers=8),
-        state=SimpleNamespace(log_history=[{"epoch": 1}, *logs], global_step=length),
-        args=SimpleNamespace(output_dir="out"),
-    )
-    PruneTrainerMixin._check_guards(trainer)
+    config = PruneConfig(pruning_layers=(1,), target_token_num=36, guard_patience=3)
+    check_guards(config, [{"epoch": 1}, *logs], num_layers=8, output_dir="out")
 
 
 def test_a_healthy_run_and_an_odd_batch_go_on():
