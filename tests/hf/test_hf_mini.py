@@ -340,10 +340,12 @@ def words(out, *more):
 
 def test_the_whole_pipeline_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    main(words(tmp_path, "--all", "--skip_times", "--pack", tmp_path / "packed"))
+    everything = ["--all", "--skip_times", "--adapt_methods", "uniform", "--pack", tmp_path / "packed"]
+    main(words(tmp_path, *everything))
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == ["origin", "uniform", "visionzip", "ours, exactly", "ours, adapted"]
+    assert list(rows) == ["origin", "uniform", "visionzip", "ours, exactly", "ours, adapted", "uniform, adapted"]
+    assert rows["uniform, adapted"]["average_tokens"] == rows["uniform"]["average_tokens"]
     assert rows["ours, adapted"]["average_tokens"] == rows["ours, exactly"]["average_tokens"]
     assert rows["ours, exactly"]["average_tokens"] <= 12 and rows["origin"]["average_tokens"] == 36
     assert rows["ours, exactly"]["best_baseline"] and results["stability"]["12"]["collapsed"] == 0
@@ -354,7 +356,7 @@ def test_the_whole_pipeline_once(tmp_path, capfd, monkeypatch):
     capfd.readouterr()
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    main(words(tmp_path, "--all", "--skip_times", "--pack", tmp_path / "packed"))
+    main(words(tmp_path, *everything))
     said = capfd.readouterr().out
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed <= {"results.json", "results.csv", "results.png", "times.json"} and " s\n" not in said

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from ...baselines import METHODS
-from .ablations import VARIANTS, chosen
+from .ablations import VARIANTS, chosen, named
 from .base import BaseTraining
 from .data import DataAmounts
 from .fits import FITS, chosen_fits
@@ -45,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--ablate_budget", type=float, help="of ablations and transfer; default 64")
     what.add_argument("--seeds", default="0,1,2", help="separated by commas")
     what.add_argument("--methods", default="all", help=f"baselines, or none: {', '.join(METHODS)}")
+    what.add_argument(
+        "--adapt_methods", help="baselines that LoRA is adapted to as well, for each budget; default none"
+    )
     what.add_argument("--skip_times", action="store_true", help="do not measure prefill times")
     what.add_argument("--jobs", type=int, default=4, help="trainings and comparisons side by side, GPUs in turns")
 
@@ -116,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             budgets=tuple(_numbers(args.budgets, float)) if args.budgets else size.budgets,
             seeds=tuple(_numbers(args.seeds, int)),
             methods=args.methods,
+            adapt_methods=tuple(named(args.adapt_methods or "", METHODS, "--adapt_methods: no method")),
             ablated=args.ablate_budget or size.ablated,
             variants=tuple(chosen(args.ablate)) if args.ablate else (),
             jobs=args.jobs,

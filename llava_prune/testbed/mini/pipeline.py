@@ -35,6 +35,7 @@ class Plan:
         budgets: of the main table, average tokens.
         seeds: of the trainings.
         methods: as for `compare`.
+        adapt_methods: baselines that LoRA is adapted to as well, at every budget.
         ablated: budget of ablations and transfer.
         variants: of the ablations, the main training first.
         jobs: processes at once.
@@ -46,6 +47,7 @@ class Plan:
     budgets: tuple[float, ...]
     seeds: tuple[int, ...]
     methods: str
+    adapt_methods: tuple[str, ...]
     ablated: float
     variants: tuple[str, ...]
     jobs: int
@@ -116,10 +118,14 @@ class Mini:
 
     # ---- trainings and comparisons
 
+    @property
+    def trainings(self) -> Trainings:
+        """Of this base on these data."""
+        return Trainings(self.out / "pruners", self.base, self.base_key, self.data, self.size, self.settings)
+
     def training(self, variant: str, budget: float, seed: int) -> Training:
         """Planned; raises ValueError as `Trainings.plan`."""
-        shared = (self.out / "pruners", self.base, self.base_key, self.data, self.size, self.settings)
-        return Trainings(*shared).plan(variant, budget, seed)
+        return self.trainings.plan(variant, budget, seed)
 
     def train(self, trainings: list[Training], beside: Sequence[Job] = ()) -> None:
         """Those that have not been run, after what they start from, and what runs beside them; equal ones are one."""
@@ -160,9 +166,19 @@ class Mini:
             budget: self.comparison(f"compare at {budget:g}", "test", row, budgets=(budget,))
             for budget, row in trainings.items()
         }
+        others = {
+            (method, budget): self.trainings.adapted_baseline(method, budget, seeds[0])
+            for method in self.plan.adapt_methods
+            for budget in budgets
+        }
         meanwhile = [comparison.job for comparison in compared.values()]
-        self._run("adaptations and comparisons", [*(row.job for row in adapted), *meanwhile], self.plan.jobs)
+        adaptations = [*(row.job for row in adapted), *others.values()]
+        self._run("adaptations and comparisons", [*adaptations, *meanwhile], self.plan.jobs)
         with_lora = self._compare_adapted("test", adapted, methods="none", budgets=budgets)
+        with_lora += [
+            self.comparison(f"{job.name}, compared", "test", [], model=job.folder, methods=method, budgets=(budget,))
+            for (method, budget), job in others.items()
+        ]
         self._run("comparisons of adapted", [comparison.job for comparison in with_lora], self.plan.jobs)
         timings = {}
         if times:

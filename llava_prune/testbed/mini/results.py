@@ -23,7 +23,7 @@ NOTES = (
     "ours: pruners trained for the budget. 'exactly': the best tokens of each question up to the budget; 'threshold': "
     "as trained, so that questions share the budget",
     "adapted: the same pruners, and LoRA on the base that learned to answer from what they keep, one for all budgets; "
-    "'of origin' is of the base without it",
+    "'of origin' is of the base without it; a baseline has an adapter of its own for each budget, of one seed",
     "intervals are of 95 %: of ours Student's over the seeds, of the others Wilson's over the questions",
     "against best: percentage points to the best baseline of the budget, and of each seed the paired interval over "
     "the questions",
@@ -49,6 +49,7 @@ def write_results(
         lines += [_line_of(row, budget, questions) for row in rows if row["kind"] == BASELINE]
         lines += _lines_of_ours(rows, budget, comparison)
         lines += _line_of_adapted(adapted, budget, rows)
+        lines += _lines_of_adapted_baselines(adapted, budget, rows, questions)
         for line in lines:
             if line["budget"] == budget and (timed := times.get(line["method"])):
                 line["prefill_ms"], line["prefill_origin_ms"] = timed["prefill_ms"], timed["prefill_origin_ms"]
@@ -136,6 +137,20 @@ def _line_of_adapted(adapted: list[Comparison], budget: float, rows: list[dict[s
         line["best_baseline"], line["versus_best"] = best["method"], accuracy - best["accuracy"]
         line["versus_best_seeds"] = []
     return [line]
+
+
+def _lines_of_adapted_baselines(
+    adapted: list[Comparison], budget: float, rows: list[dict[str, Any]], questions: int
+) -> list[dict[str, Any]]:
+    """Each with an adapter of its own for the budget, of one seed, as a share of the base's own origin."""
+    origin = next(row["accuracy"] for row in rows if row["kind"] == ORIGIN)
+    lines = []
+    for row in (row for comparison in adapted for row in comparison.rows()):
+        if row["kind"] == BASELINE and row["budget"] == budget:
+            line = _line_of(row, budget, questions)
+            share = line["accuracy"] / origin if origin and row["reason"] is None else None
+            lines.append(line | {"method": f"{row['method']}, {ADAPTED}", "of_origin": share, "agreement": None})
+    return lines
 
 
 def _best_baseline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import PruneConfig
-from .ablations import VARIANTS
+from .ablations import ADAPTED, VARIANTS
 from .jobs import Job
 from .keys import TRAINING, digest, sources
 from .size import MiniSize
@@ -129,6 +129,13 @@ class Trainings:
             name, steps, batch_size = f"{variant} at {budget:g}, seed {seed}", settings.steps, settings.batch_size
         job = self._job(name, seed, prune, steps, batch_size, flags)
         return Training(variant, budget, seed, job, guided, "lora_enable" in flags, config.selection)
+
+    def adapted_baseline(self, method: str, budget: float, seed: int) -> Job:
+        """LoRA adapted, as to pruners, to a training-free method at one budget."""
+        prune, settings = {**self.size.prune, "target_token_num": budget}, self.settings
+        flags = {**VARIANTS[ADAPTED].flags, "prune_baseline": method}
+        name = f"{method}, {ADAPTED} at {budget:g}, seed {seed}"
+        return self._job(name, seed, prune, settings.adapted_steps, settings.adapted_batch_size, flags)
 
     def _job(
         self, name: str, seed: int, prune: dict[str, Any], steps: int, batch_size: int, flags: dict[str, Any]
