@@ -97,7 +97,8 @@ def test_every_field_is_a_flag_and_an_override(tmp_path):
     from llava.train.train import TrainingArguments
     from transformers import HfArgumentParser
 
-    assert [name for name, *_ in flag_fields()][2:] == [f"prune_{name}" for name in PruneConfig.field_names()]
+    names = ["config", "start", "baseline", *PruneConfig.field_names()]
+    assert [name for name, *_ in flag_fields()] == [f"prune_{name}" for name in names]
     parser = HfArgumentParser(training_arguments_class(TrainingArguments))
     flags = (
         "--prune_config avg128 --prune_pruning_layers 2 5 --prune_target_sparsity 0.5 --prune_use_attn_residual True "
