@@ -167,8 +167,8 @@ class LayerForward:
         past_mask = record.masks[before[-1]] if before else layout.vision_valid.float()
         past_kept = record.kept[before[-1]] if before else layout.vision_valid
 
-        # in training too a pruner looks at what it would be shown in inference, without a gradient: the slope of a noisy
-        # mask is up to a million, and would multiply from pruner to pruner
+        # in training too a pruner looks at what it would be shown in inference, without a gradient: the slope of a
+        # noisy mask is up to a million, and would multiply from pruner to pruner
         seen = {"present": ~layout.vision | self._spread(past_kept, record), "alive": past_kept}
         view = LayerView.of_all_rows(self.layer, call, record, counts=self._counts(record), **seen)
         scores = self.scorer(view)
