@@ -26,6 +26,7 @@ SHAPING = (
     "pruner_rank",
     "pruner_dim",
     "pruner_heads",
+    "pruner_qk_norm",
     "use_question",
     "use_attn_residual",
     "enable_token_merger",
@@ -91,7 +92,7 @@ def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) ->
         write: False on ranks that only take part in gathering ZeRO-3 parameters.
 
     Raises:
-        ValueError: no pruners attached, or a baseline.
+        ValueError: no pruners attached, or a baseline, or a weight that is not finite.
     """
     from safetensors.torch import save
 
@@ -99,6 +100,11 @@ def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) ->
     if not handle.pruners.layers:
         raise ValueError("a baseline has no weights to save: attach pruners with attach_pruners(model, config)")
     weights = pruner_state_dict(handle)
+    if lost := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(
+            f"{lost[0]} is not finite, nor are {len(lost) - 1} other weights: such pruners are not saved. Go on from "
+            "an earlier checkpoint with a lower pruner_lr"
+        )
     if not write:
         return
     directory = Path(directory)
@@ -135,6 +141,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
             f"{path} is of format {version}, this llava_prune reads format {FORMAT_VERSION}: use the version that "
             "wrote it, or train again"
         )
+    description["prune_config"].setdefault("pruner_qk_norm", False)  # of files from before there was such a thing
     return description
 
 

@@ -61,6 +61,9 @@ class PruneConfig:
     pruner_rank: int = _field(128, "width that a pruner compresses the hidden states to before it attends")
     pruner_dim: int = _field(512, "width of a pruner's attention and MLP")
     pruner_heads: int = _field(8, "attention heads of a pruner")
+    pruner_qk_norm: bool = _field(
+        True, "normalise the queries and keys of a pruner, so that the scores of its attention stay small"
+    )
     use_question: bool = _field(True, "pruners read the question; if not, they see the picture alone")
     init_keep_logit: float = _field(4.0, "keep logit at the start; 4 keeps 98 % of the tokens at each layer")
     logit_cap: float = _field(6.0, "keep logits lie within plus and minus this, by tanh, so that none is ever settled")

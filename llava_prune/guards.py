@@ -1,15 +1,18 @@
-"""Guards: a training whose task loss or keep ratio has left its band stops, and says what to do."""
+"""Guards: a training whose task loss or keep ratio has left its band, or is not finite, stops and says what to do."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
 from .config import PruneConfig
 
+TASK, GUIDANCE = "loss/task", "loss/guidance"
+
 
 class TrainingCollapsed(RuntimeError):
-    """The keep ratio or the task loss left its band; the last checkpoint is from before."""
+    """The keep ratio or a loss left its band; the last checkpoint is from before."""
 
 
 def check_guards(config: PruneConfig, history: list[dict[str, Any]], num_layers: int, output_dir: str) -> None:
@@ -25,14 +28,15 @@ def check_guards(config: PruneConfig, history: list[dict[str, Any]], num_layers:
         TrainingCollapsed: with what to change.
     """
     patience = config.guard_patience
-    entries = [entry for entry in history if "loss/task" in entry]
+    advice = f"; the last checkpoint in {output_dir} is from before this message"
+    _check_finite(history, patience, advice)
+    entries = [entry for entry in history if TASK in entry]
     if len(entries) < 2 * patience:
         return
     recent = entries[-patience:]
-    step, loss = recent[-1]["step"], recent[-1]["loss/task"]
-    start = statistics.median(entry["loss/task"] for entry in entries[:patience])
-    advice = f"; the last checkpoint in {output_dir} is from before this message"
-    if not any(entry["loss/task"] <= start + config.guard_task_loss for entry in recent):  # so that nan is outside
+    step, loss = recent[-1]["step"], recent[-1][TASK]
+    start = statistics.median(entry[TASK] for entry in entries[:patience])
+    if not any(entry[TASK] <= start + config.guard_task_loss for entry in recent):
         raise TrainingCollapsed(
             f"task loss {loss:.3g} at step {step} stays more than guard_task_loss {config.guard_task_loss:g} above "
             f"its start, {start:.3g}: the pruners drop what the answer needs. Lower pruner_lr or "
@@ -48,4 +52,14 @@ def check_guards(config: PruneConfig, history: list[dict[str, Any]], num_layers:
             f"average tokens stay at {kept[-1]['prune/keep_ratio']:.1%} of the vision tokens at step {step}, target "
             f"{kept[-1]['prune/target_ratio']:.1%}: the keep ratio collapsed. Lower pruner_lr or raise "
             "task_weight_start" + advice
+        )
+
+
+def _check_finite(history: list[dict[str, Any]], patience: int, advice: str) -> None:
+    noted = [entry for entry in history if TASK in entry or GUIDANCE in entry][-patience:]
+    losses = [entry.get(TASK, entry.get(GUIDANCE)) for entry in noted]
+    if len(losses) == patience and not any(map(math.isfinite, losses)):
+        raise TrainingCollapsed(
+            f"the loss at step {noted[-1]['step']} is {losses[-1]}, as in the {patience} logs up to it: a weight is "
+            "not finite any more. Lower pruner_lr, and leave pruner_qk_norm on" + advice
         )

@@ -16,7 +16,8 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(child.bias)
         elif isinstance(child, nn.LayerNorm):
             nn.init.ones_(child.weight)
-            nn.init.zeros_(child.bias)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
 
 
 class CrossAttention(nn.Module):
@@ -29,11 +30,25 @@ class CrossAttention(nn.Module):
         query_dim, context_dim: widths of the two inputs.
         dim: inner width, divisible by `heads`.
         output_dim: width of the output, `dim` unless given.
+        qk_norm: normalise the queries and keys of each head (Dehghani et al. 2023, arXiv:2302.05442, section 2).
+            Scores then stay within the square root of a head's width, times the learned gains. Else they can grow
+            without end, and from some 1e7 on fused attention has a backward pass of NaN in half precision.
     """
 
-    def __init__(self, query_dim: int, context_dim: int, dim: int, heads: int, output_dim: int | None = None):
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int,
+        dim: int,
+        heads: int,
+        output_dim: int | None = None,
+        qk_norm: bool = False,
+    ):
         super().__init__()
         self.heads = heads
+        self.norm_query, self.norm_key = (
+            nn.LayerNorm(dim // heads, bias=False) if qk_norm else nn.Identity() for _ in range(2)
+        )
         self.to_query = nn.Linear(query_dim, dim)
         # a bias would add the same to all scores of a query; one of values, whose weights add up to 1, to the output
         self.to_key = nn.Linear(context_dim, dim, bias=False)
@@ -49,6 +64,7 @@ class CrossAttention(nn.Module):
         query, key, value = (
             split(to(x)) for to, x in ((self.to_query, query), (self.to_key, context), (self.to_value, context))
         )
+        query, key = self.norm_query(query), self.norm_key(key)
         mask = None if context_mask is None else context_mask[:, None, None, :]
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)

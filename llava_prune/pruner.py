@@ -46,9 +46,10 @@ class LayerPruner(nn.Module):
         self.no_question = nn.Parameter(torch.zeros(1, 1, rank))
         self.compress = nn.Linear(hidden_size, rank, bias=False)
         self.place = nn.Linear(PLACE_WIDTH, rank, bias=False)
-        self.neighbours = CrossAttention(rank, rank, min(rank, dim), config.pruner_heads, output_dim=rank)
-        self.looking = CrossAttention(rank, rank, dim, config.pruner_heads, output_dim=rank)
-        self.attention = CrossAttention(rank, rank, dim, config.pruner_heads)
+        how = {"heads": config.pruner_heads, "qk_norm": config.pruner_qk_norm}
+        self.neighbours = CrossAttention(rank, rank, min(rank, dim), output_dim=rank, **how)
+        self.looking = CrossAttention(rank, rank, dim, output_dim=rank, **how)
+        self.attention = CrossAttention(rank, rank, dim, **how)
         self.norm_joint = nn.LayerNorm(rank + dim)
         self.joint_hidden = nn.Linear(rank + dim, dim)
         self.joint_logits = nn.Linear(dim, 2)

@@ -1,6 +1,7 @@
 """Pruner-only checkpoints: what is saved comes back, and nothing wrong is loaded without a word."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,24 @@ def test_another_format_is_refused_by_its_number(saved, llava):
     with pytest.raises(ValueError, match="is of format 1, this llava_prune reads format 4"):
         load_pruners(llava, saved)
     assert find_handle(llava) is None
+
+
+def test_pruners_from_before_there_was_a_norm_are_read_without_one(llava, tmp_path):
+    config = replace(SETTINGS, pruner_qk_norm=False)
+    with attach_pruners(llava, config):
+        save_pruners(llava, tmp_path)
+    description = json.loads((tmp_path / CONFIG).read_text())
+    del description["prune_config"]["pruner_qk_norm"]
+    (tmp_path / CONFIG).write_text(json.dumps(description))
+    assert load_pruners(llava, tmp_path).config == config
+
+
+def test_pruners_that_are_lost_are_not_written_over_others(saved, llava):
+    before = (saved / WEIGHTS).read_bytes()
+    load_pruners(llava, saved).scorers[1].pruner.compress.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layers.1.compress.weight is not finite.* lower pruner_lr"):
+        save_pruners(llava, saved)
+    assert (saved / WEIGHTS).read_bytes() == before
 
 
 def test_a_weight_that_does_not_fit_is_never_dropped(saved, llava):

@@ -26,10 +26,21 @@ def test_a_healthy_run_and_an_odd_batch_go_on():
 def test_a_collapse_stops_with_what_to_do():
     with pytest.raises(TrainingCollapsed, match="task loss.*Lower pruner_lr"):
         check(task=[0.1, 0.2, 0.1, 9.0, 9.0, 9.0])
-    with pytest.raises(TrainingCollapsed, match="task loss"):
-        check(task=[0.1, 0.2, 0.1] + [float("nan")] * 3)
     with pytest.raises(TrainingCollapsed, match="keep ratio collapsed"):
         check(kept=[1.0, 0.5, 0.3, 0.126, 0.126, 0.126])
+
+
+@pytest.mark.parametrize("name", ["loss/task", "loss/guidance"])
+def test_a_loss_that_is_lost_stops_too_and_one_odd_batch_does_not(name):
+    config = PruneConfig(pruning_layers=(1,), target_token_num=36, guard_patience=3)
+
+    def check(*losses):
+        logs = [{"step": i, name: loss} for i, loss in enumerate(losses)]
+        check_guards(config, logs, num_layers=8, output_dir="out")
+
+    check(0.1, float("nan"), float("inf"), 0.1)
+    with pytest.raises(TrainingCollapsed, match="loss at step 3 is nan, .* 3 logs .*Lower pruner_lr"):
+        check(0.1, float("nan"), float("inf"), float("nan"))
 
 
 def test_logs_without_an_image_are_no_collapse():

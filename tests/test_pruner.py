@@ -50,6 +50,19 @@ def test_what_is_not_visible_says_nothing_and_what_is_does():
     torch.testing.assert_close(first(vision, visible.index_fill(1, torch.tensor([3, 4]), HIDDEN)), gone)
 
 
+@pytest.mark.parametrize("normalised", [True, False])
+@torch.no_grad()
+def test_no_weight_makes_the_scores_of_a_normalised_pruner_grow(normalised):
+    pruner = pruner_of(pruner_qk_norm=normalised)
+    inputs = inputs_of(1)
+    before = pruner(*inputs)
+    for look in (pruner.neighbours, pruner.looking, pruner.attention):
+        for part in (look.to_query, look.to_key):
+            part.weight *= 1e4
+    after = pruner(*inputs)
+    assert torch.allclose(before, after, atol=1e-4) == normalised
+
+
 @torch.no_grad()
 def test_tokens_are_judged_with_their_neighbours():
     """Where the question learns nothing of the picture, every other token still says something about a token."""

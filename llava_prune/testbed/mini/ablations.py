@@ -28,11 +28,17 @@ class Variant:
 MAIN = "ours"
 ADAPTED = "adapted"
 # of a second training, on masks and every loss but guidance, that starts from the pruners of the main one
-SECOND = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-4, "target_warmup_ratio": 0.1}
+SECOND = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-5, "target_warmup_ratio": 0.1}
+# of one from fresh pruners, which has further to go
+SCRATCH = {**SECOND, "pruner_lr": 1e-3, "pruner_qk_norm": True}
 
 
-def _second(flags: dict[str, Any] | None = None, start: bool = True, **prune: Any) -> Variant:
-    return Variant({**SECOND, **prune}, flags or {}, start)
+def _second(flags: dict[str, Any] | None = None, **prune: Any) -> Variant:
+    return Variant({**SECOND, **prune}, flags or {})
+
+
+def _scratch(**prune: Any) -> Variant:
+    return Variant({**SCRATCH, **prune}, start=False)
 
 
 def _adapted(**prune: Any) -> Variant:
@@ -44,8 +50,7 @@ VARIANTS = {
     MAIN: Variant(),
     # a second training; those below differ from it in one thing
     "gan": _second(),
-    "gan_slower": _second(pruner_lr=1e-5),
-    "no_start": _second(start=False, pruner_lr=1e-3),
+    "gan_faster": _second(pruner_lr=1e-4),
     "guidance_kept": _second(guidance_weight=1000.0, guidance_ratio=1.0),
     # alignment
     "mse": _second(alignment="mse"),
@@ -59,10 +64,14 @@ VARIANTS = {
     "spectral_norm": _second(spectral_norm=True),
     "no_noise": _second(noise_scale_start=0.0, noise_scale_end=0.0),
     "no_masked_end": _second(final_masked_ratio=0.0),
-    # how many tokens, learned by a threshold, which guidance alone knows nothing of
-    "gumbel_soft": _second(start=False, pruner_lr=1e-3, estimator="gumbel_soft", selection="threshold"),
-    "gumbel_st": _second(start=False, pruner_lr=1e-3, estimator="gumbel_st", selection="threshold"),
-    "sigmoid_st": _second(start=False, pruner_lr=1e-3, estimator="sigmoid_st", selection="threshold"),
+    # from fresh pruners
+    "scratch": _scratch(),
+    "no_qk_norm": _scratch(pruner_qk_norm=False),
+    "merger": _scratch(enable_token_merger=True),
+    # and how many tokens, learned by a threshold, which guidance alone knows nothing of
+    "gumbel_soft": _scratch(estimator="gumbel_soft", selection="threshold"),
+    "gumbel_st": _scratch(estimator="gumbel_st", selection="threshold"),
+    "sigmoid_st": _scratch(estimator="sigmoid_st", selection="threshold"),
     # pruners stay as the main training made them, and LoRA learns to answer from what they keep, at every budget
     ADAPTED: _adapted(),
     "adapted_no_alignment": _adapted(alignment="none"),
@@ -70,7 +79,6 @@ VARIANTS = {
     "adapted_gan": _adapted(alignment="gan"),
     # what else is trained
     "lora": _second({"lora_enable": True, "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4}),
-    "merger": _second(start=False, pruner_lr=1e-3, enable_token_merger=True),
 }
 
 

@@ -58,6 +58,7 @@ FITS = {
     "longer": Fit(steps=6000),
     "large_batch": Fit({"pruner_lr": 2e-3}, batch_size=256),
     "wider": Fit({"pruner_rank": 384, "pruner_dim": 512}),
+    "qk_norm": Fit({"pruner_qk_norm": True}),
     "no_question": Fit({"use_question": False}),
     "attn_residual": Fit({"use_attn_residual": True}),
     "equal_shares": Fit({"layer_shares": [1, 1, 1, 1]}),
