@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .config import PruneConfig
-from .patch import PruneHandle, attach_pruners, find_handle, require_handle, set_mode
+from .patch import PruneHandle, attach_pruners, check_mode, find_handle, require_handle, set_mode
 
 WEIGHTS = "pruners.safetensors"
 CONFIG = "prune_config.json"
@@ -204,6 +204,7 @@ def load_pruners(
         ValueError: average_tokens is under its floor, a file is damaged, the base model differs, weights do not match,
             or pruners of another configuration (or budget) are attached. The model is left as it was.
     """
+    check_mode(mode)
     description = read_description(directory)
     weights = read_weights(directory)
     check_base(description, model, allow_other_base)

@@ -63,6 +63,11 @@ def find_hf_llava(model: nn.Module) -> nn.Module | None:
     vision = None
     for module in model.modules():
         if type(module).__name__ in HF_MODELS and hasattr(module.config, "image_token_id"):
+            if module.config.vision_config.model_type == "pixtral":
+                raise ValueError(
+                    "Pixtral is not supported: it puts tokens between the rows of a picture, and each row would count "
+                    "as an image"
+                )
             return module
         if vision is None and hasattr(getattr(module, "config", None), "vision_config"):
             vision = module
@@ -93,15 +98,29 @@ def attention_backend(decoder: nn.Module) -> str:
             f"attention backend {backend!r} is not supported: load the model with attn_implementation set to one of "
             f"{', '.join(BACKENDS)}"
         )
-    kinds = getattr(config, "layer_types", None)  # 5.x; Mistral has the window alone
-    window = getattr(config, "sliding_window", None)
-    slides = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
-    if slides and getattr(config, "use_sliding_window", True):
+    if slides(config):
         raise ValueError(
-            f"sliding window attention (window {window}) is not supported: where prompts stay shorter than the window "
-            "set sliding_window (and use_sliding_window) of the text config to None before loading the model"
+            f"sliding window attention (window {config.sliding_window}) is not supported: where prompts stay shorter "
+            "than the window set sliding_window (and use_sliding_window) of the text config to None before loading "
+            "the model"
         )
     return backend
+
+
+def slides(config: Any) -> bool:
+    """Whether a decoder's attention has a sliding window."""
+    kinds = getattr(config, "layer_types", None)  # 5.x; Mistral has the window alone
+    window = getattr(config, "sliding_window", None)
+    sliding = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
+    return sliding and getattr(config, "use_sliding_window", True)
+
+
+def steps_per_epoch(batches: int, accumulation: int) -> int:
+    """Optimizer steps that the host's Trainer takes in an epoch; 4.37 leaves out what is left over."""
+    import transformers
+
+    left_over = batches % accumulation > 0 and int(transformers.__version__.split(".")[0]) > 4
+    return max(batches // accumulation + left_over, 1)
 
 
 def bind_arguments(function: Callable) -> Callable[[tuple, dict], dict[str, Any]]:
@@ -218,7 +237,7 @@ def _vision_tokens_per_hf_image(model: nn.Module) -> int | None:
     if hf is None or hf.config.model_type != "llava":
         return None
     vision = hf.config.vision_config
-    if not isinstance(getattr(vision, "image_size", None), int) or vision.model_type == "pixtral":
+    if not isinstance(getattr(vision, "image_size", None), int):
         return None
     dropped = hf.config.vision_feature_select_strategy == "default"
     return (vision.image_size // vision.patch_size) ** 2 + class_tokens(hf.model.vision_tower) - dropped

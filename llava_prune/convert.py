@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 IMAGE_TOKEN = "<image>"
@@ -58,6 +59,11 @@ def convert(source: str | Path, target: str | Path) -> None:
         FileNotFoundError: something is missing in `source`.
         ValueError: a feature of the checkpoint has no counterpart, or weights do not fit.
     """
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            f"this is transformers {transformers.__version__}, a checkpoint is written by 5.x: make its environment, "
+            "bash scripts/setup.sh hf"
+        )
     source, target = Path(source), Path(target)
     path = source / "config.json"
     if not path.is_file():

@@ -194,6 +194,12 @@ class PruneHandle:
         """Layer -> what is to be shown that layer's inputs in a prefill."""
         return {}
 
+    def __deepcopy__(self, memo: dict) -> None:
+        raise ValueError(
+            "a copy of this model would run the original's layers, by what is bound on it: call detach_pruners(model) "
+            "first, and load the pruners on the copy"
+        )
+
     def __enter__(self) -> PruneHandle:
         return self
 
@@ -386,6 +392,11 @@ def prune_mode(model: nn.Module, mode: str) -> Iterator[PruneHandle]:
 def set_mode(model: nn.Module, mode: str) -> None:
     """Set the mode until it is set again; raises ValueError as `prune_mode`."""
     handle = require_handle(model)
-    if mode not in handle.modes:
-        raise ValueError(f"unknown mode {mode!r}: use one of {', '.join(handle.modes)}")
+    check_mode(mode, handle.modes)
     handle.state.mode = mode
+
+
+def check_mode(mode: str, modes: tuple[str, ...] = MODES) -> None:
+    """Raises ValueError for a mode that is not one of those."""
+    if mode not in modes:
+        raise ValueError(f"unknown mode {mode!r}: use one of {', '.join(modes)}")

@@ -102,12 +102,12 @@ def shrinking_forward(original: Callable, shrinking: Shrinking) -> Callable:
         if smaller is None:
             return original(*args, **kwargs)
         shrunk, inputs = smaller
-        output = original(**inputs)
+        output = original(**{**inputs, "return_dict": True})
         if output.logits.shape[1] == shrunk.index.shape[1]:
             full = output.logits.new_zeros(*call["input_ids"].shape, output.logits.shape[-1])
             index = shrunk.index[..., None].expand_as(output.logits)
             output.logits = full.scatter(1, index, output.logits * shrunk.valid[..., None])
-        return output
+        return output.to_tuple() if call.get("return_dict") is False else output
 
     return forward
 

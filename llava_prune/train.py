@@ -42,7 +42,7 @@ def flag_fields() -> list[tuple[str, Any, Any]]:
     baseline = {"help": "training-free method that LoRA is adapted to, in place of pruners, at target_token_num"}
     fields.append(("prune_baseline", _optional(str | None), dataclasses.field(default=None, metadata=baseline)))
     for item in dataclasses.fields(PruneConfig):
-        metadata = {"help": item.metadata["help"]}
+        metadata = {"help": item.metadata["help"].replace("%", "%%")}  # argparse puts values into it
         kind = _optional(_FLAG_TYPES[str(item.type)])
         fields.append((_PREFIX + item.name, kind, dataclasses.field(default=None, metadata=metadata)))
     return fields

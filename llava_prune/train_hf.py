@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from . import compat
+from .checkpoint import gathered
 from .train import leave_process_group, training_arguments_class, use_cpu_where_there_is_no_gpu
 
 
@@ -122,12 +122,14 @@ def main(argv: list[str] | None = None) -> None:
         trainer = make_trainer(argv)
     except ValueError as error:
         sys.exit(f"llava_prune: {error}")
-    trainer.train(resume_from_checkpoint=bool(list(Path(trainer.args.output_dir).glob("checkpoint-*"))))
+    trainer.train(resume_from_checkpoint=True)
     trainer.save_state()
     if trainer.lora:
-        trainer.model.save_pretrained(trainer.args.output_dir)  # the adapter; pruners were saved by the trainer
-        if trainer.args.should_save:
-            trainer.processing_class.save_pretrained(trainer.args.output_dir)  # the folder can be loaded alone
+        with gathered([parameter for parameter in trainer.model.parameters() if parameter.requires_grad]):
+            if trainer.args.should_save:
+                # the adapter, whose folder can be loaded alone; pruners were saved by the trainer
+                trainer.model.save_pretrained(trainer.args.output_dir)
+                trainer.processing_class.save_pretrained(trainer.args.output_dir)
     elif trainer.prune.train_base:
         trainer.save_model(trainer.args.output_dir)
     leave_process_group()

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerState, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import compat
 from .adaptation import check_adaptation, drawn_budget, kept_metrics, without_adapters
@@ -25,7 +24,7 @@ from .checkpoint import read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
 from .guards import check_guards
 from .guidance import guidance_of, guided_pass, lessons_of, mean_guidance
-from .layout import gather_rows, padded_index
+from .layout import IGNORE_INDEX, gather_rows, padded_index
 from .losses import kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
 from .patch import PruneHandle, attach_pruners, prune_mode
@@ -36,7 +35,7 @@ from .soft_attention import check_compilable
 from .state import ForwardRecord
 from .turns import supervise_one_turn
 
-ADVERSARY_FILE = "adversary.pt"
+ADVERSARY_FILE, STATE_FILE = "adversary.pt", "trainer_state.json"
 
 
 class PruneTrainerMixin:
@@ -50,6 +49,7 @@ class PruneTrainerMixin:
     def __init__(self, model: nn.Module, args: Any, **kwargs: Any):
         self.prune: PruneConfig = args.prune
         self.lora = bool(getattr(args, "lora_enable", False))
+        _check_processes(args)
         if not self.prune.train_pruners:
             check_adaptation(self.prune, args.prune_start, args.prune_baseline, self.lora)
         set_seed(args.seed)  # the host seeds later than the pruners are made
@@ -112,7 +112,14 @@ class PruneTrainerMixin:
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        return None if sampler is None else SeededSampler(sampler, self.args.seed, lambda: int(self.state.epoch or 0))
+        return None if sampler is None else SeededSampler(sampler, self.args.seed, self._epoch)
+
+    def _epoch(self) -> int:
+        """By the steps taken: the host's own count ends below a whole epoch where batches are left over."""
+        loader = self.callback_handler.train_dataloader
+        if loader is None:
+            return 0
+        return self.state.global_step // compat.steps_per_epoch(len(loader), self.args.gradient_accumulation_steps)
 
     # ---- one step
 
@@ -139,7 +146,11 @@ class PruneTrainerMixin:
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
-        """All generator terms in one scalar; `return_outputs` as in Trainer."""
+        """All generator terms in one scalar, or the task loss in evaluation; `return_outputs` as in Trainer."""
+        if not self.model.training:
+            with prune_mode(self.model, "masked" if self.prune.train_pruners else "hard"):
+                outputs = model(**inputs, use_cache=False)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
         values = self._schedule()
         state = self.prune_handle.state
         inputs = supervise_one_turn(inputs, torch.rand(len(inputs["input_ids"])), self._image_token)
@@ -154,7 +165,9 @@ class PruneTrainerMixin:
             terms, metrics = budget_terms(self.prune, record, num_layers, values.target_ease)
         else:
             terms, metrics = {}, kept_metrics(record, num_layers)
-        terms["task"] = outputs.loss
+        # the drawn turn may lie behind where the host cuts long samples, and a mean over nothing is nan
+        answered = (record.layout.labels != IGNORE_INDEX).any()
+        terms["task"] = torch.where(answered, outputs.loss, torch.zeros_like(outputs.loss))
         if state.feature_layers or state.guided:
             real, real_index, shares = self._unpruned(record, inputs)
             if state.guided:
@@ -180,11 +193,15 @@ class PruneTrainerMixin:
     ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
         """The unpruned pass: (B, T, hidden_size) by feature layer, the text's places (B, S) in them, the guidance."""
         handle, state = self.prune_handle, self.prune_handle.state
-        if handle.pruners.merger is not None:
-            return *self._features_without_merger(inputs), {}
+        # an adaptation is held to the base as it was before, whose layers before the first pruner differ as well
+        as_it_was = nullcontext() if self.prune.train_pruners else without_adapters(self.model)
+        shared = self.prune.train_pruners or self.prune.pruning_layers[0] == 0
+        if handle.pruners.merger is not None or not shared:
+            with as_it_was:
+                return *self._features_from_the_start(inputs), {}
         index, _ = padded_index(record.layout.text_after_image)
         if not state.guided:
-            with without_adapters(self.model) if not self.prune.train_pruners else nullcontext():
+            with as_it_was:
                 return handle.unpruned_features(record), index, {}
         head, layers = self.model.get_output_embeddings(), self.prune.pruning_layers
         compiled = self.prune.compile_layers
@@ -225,13 +242,13 @@ class PruneTrainerMixin:
         return self.adversary.generator_loss(real, fake, mask, weights)
 
     @torch.no_grad()
-    def _features_without_merger(self, inputs: dict[str, Any]) -> tuple[dict[int, Tensor], Tensor]:
-        """The stock pass from the start: with a merger there is no shared prefix to restart from."""
+    def _features_from_the_start(self, inputs: dict[str, Any]) -> tuple[dict[int, Tensor], Tensor]:
+        """By the stock pass, where there is no shared prefix to restart from."""
         state = self.prune_handle.state
         fake_record = state.record
         with prune_mode(self.model, "origin"):
             state.stock_features = {}
-            self.model(**inputs)
+            self.model(**inputs, use_cache=False)
             features, state.stock_features = state.stock_features, None
         index, _ = padded_index(state.record.layout.text_after_image)
         state.record = fake_record
@@ -292,31 +309,36 @@ class PruneTrainerMixin:
         self.accelerator.prepare = prepare_and_bind
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train as the host does, then save the pruners to the output directory; arguments as in Trainer."""
-        finished = self._finished_checkpoint() if resume_from_checkpoint else None
+        """Train as the host does, then save the pruners to the output directory; arguments as in Trainer.
+
+        `resume_from_checkpoint=True` goes on from the newest complete checkpoint in the output directory, if there is
+        one.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_complete(self.args.output_dir)
+        finished = resume_from_checkpoint if self._is_finished(resume_from_checkpoint) else None
         if finished is None:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         else:
             # the host would take one step more than max_steps
             self._take_up(finished)
             self.prune_handle.pruners.load_state_dict(read_weights(finished))
-            self.state, result = TrainerState.load_from_json(str(Path(finished) / "trainer_state.json")), None
+            self.state, result = TrainerState.load_from_json(str(Path(finished) / STATE_FILE)), None
         self._save_pruners(self.args.output_dir)
         # LLaVA's LoRA saving collects whatever is trainable; the pruners have a file of their own
         self.prune_handle.pruners.requires_grad_(False)
         return result
 
-    def _finished_checkpoint(self) -> str | None:
-        """The newest checkpoint, if it is of the last step and holds all that was trained."""
-        newest = get_last_checkpoint(self.args.output_dir)
-        if newest is None or self.prune.train_base or self.lora or self.args.max_steps <= 0:
-            return None
-        return newest if int(newest.rsplit("-", 1)[1]) >= self.args.max_steps else None
+    def _is_finished(self, checkpoint: str | None) -> bool:
+        """Whether a checkpoint is of the last step and holds all that was trained."""
+        if checkpoint is None or self.prune.train_base or self.lora or self.args.max_steps <= 0:
+            return False
+        return TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).global_step >= self.args.max_steps
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Pruners alone, and the whole model if the base was trained."""
+        """Pruners, and what else was trained: the whole base, or an adapter that DeepSpeed does not save."""
         output_dir = output_dir or self.args.output_dir
-        if self.prune.train_base and not self.lora:
+        if self.prune.train_base and not self.lora or self.lora and not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
         self._save_pruners(output_dir)
 
@@ -377,6 +399,13 @@ class PruneTrainerMixin:
             self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
 
 
+def newest_complete(output_dir: str) -> str | None:
+    """The newest `checkpoint-N` of a training that holds the file that is written last, or None."""
+    complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
+    steps = {int(path.name.rsplit("-", 1)[1]): path for path in complete if path.name.rsplit("-", 1)[1].isdigit()}
+    return str(steps[max(steps)]) if steps else None
+
+
 def _attach(model: nn.Module, config: PruneConfig, baseline: str | None) -> PruneHandle:
     """What keeps tokens in the training: pruners, or a baseline that LoRA is adapted to."""
     if baseline is None:
@@ -384,10 +413,21 @@ def _attach(model: nn.Module, config: PruneConfig, baseline: str | None) -> Prun
     return attach_baseline(model, baseline, config.target_token_num)
 
 
+def _check_processes(args: Any) -> None:
+    """Raises ValueError for what several GPUs can not do without DeepSpeed."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process would spread the model over {args.n_gpu} GPUs by DataParallel, which copies what is bound: "
+            "start one process a GPU (torchrun or deepspeed), or set CUDA_VISIBLE_DEVICES to one"
+        )
+    if args.world_size > 1 and not args.deepspeed and args.prune.guidance_only_ratio > 0:
+        raise ValueError("guidance alone trains several processes under DeepSpeed only: add --deepspeed zero2.json")
+
+
 def _ratios_of_images(metrics: dict[str, float]) -> dict[str, float]:
     """Averaged metrics with keep and target ratios of the batches that had an image, left out if none had."""
     share = metrics.pop("prune/with_image")
-    ratios = ("prune/keep_ratio", "prune/target_ratio")
+    ratios = ("prune/keep_ratio", "prune/target_ratio", "prune/kept_share")
     kept = {name: value for name, value in metrics.items() if share or not name.startswith(ratios)}
     return {name: value / share if name.startswith(ratios) else value for name, value in kept.items()}
 

@@ -108,6 +108,12 @@ def test_pruners_from_before_there_was_a_norm_are_read_without_one(llava, tmp_pa
     assert load_pruners(llava, tmp_path).config == config
 
 
+def test_an_unknown_mode_attaches_nothing(saved, llava):
+    with pytest.raises(ValueError, match="unknown mode 'Hard'"):
+        load_pruners(llava, saved, mode="Hard")
+    assert find_handle(llava) is None
+
+
 def test_pruners_that_are_lost_are_not_written_over_others(saved, llava):
     before = (saved / WEIGHTS).read_bytes()
     load_pruners(llava, saved).scorers[1].pruner.compress.weight.data[0, 0] = torch.nan

@@ -141,6 +141,15 @@ def test_schedules():
     assert cosine(1, 3, 0.25, 0.5) == pytest.approx(2)
 
 
+def test_every_flag_says_what_it_is():
+    from transformers import HfArgumentParser
+
+    from llava_prune.train import flag_fields
+
+    flags = dataclasses.make_dataclass("Flags", flag_fields(), bases=())
+    assert "keeps 98 % of the tokens" in " ".join(HfArgumentParser(flags).format_help().split())
+
+
 def test_readme_lists_every_field_and_every_public_name():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     for item in dataclasses.fields(PruneConfig):

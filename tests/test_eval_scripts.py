@@ -104,7 +104,7 @@ def test_mosaic_in_two_modes_beside_what_is_missing_and_what_fails(testbed, tmp_
     (data / "pope/coco/coco_pope_random.json").unlink()
     (data / "pope/coco").rename(data / "pope/elsewhere")
     (data / "gqa/data/images/n161313.jpg").write_text("no picture")
-    model, names = testbed / "llava-mosaic-tiny", "BENCHMARKS=pope gqa mosaic"
+    model, names = testbed / "llava-mosaic-tiny", "BENCHMARKS=pope,gqa,mosaic"
     settings = [
         f"EVAL={data}",
         f"MODEL={model}",
@@ -138,6 +138,10 @@ def test_settings_are_checked_before_anything_runs(tmp_path):
     assert "MODE=hard needs PRUNERS" in finish(start("pope.sh", tmp_path), status=2)
     assert "MODE=hard needs PRUNERS" in finish(start("all.sh", tmp_path, "MODE=origin,hard"), status=2)
     assert "'hard' is no setting" in finish(start("pope.sh", tmp_path, "hard"), status=2)
+    assert "'AVERAGE_TOKEN=64' is no setting" in finish(start("pope.sh", tmp_path, "AVERAGE_TOKEN=64"), status=2)
+    assert "no benchmark 'popes'" in finish(
+        start("all.sh", tmp_path, "MODE=origin", "BENCHMARKS=pope,popes"), status=2
+    )
     output = finish(start("pope.sh", tmp_path, "MODE=origin", "EVAL=data"), status=3)
     assert output.count("pope needs data/pope/") == 3
 

@@ -264,8 +264,9 @@ def test_fused_steps_are_the_stock_ones_in_few_compilations():
             given = (norm, mlp, pruner, hidden, added, query, key, tables, seen)
             for found, expected in zip(_steps(fused, *given), _steps(PLAIN, *given), strict=True):
                 assert torch.equal(found, expected)
-    # one for each step, and for one or more samples and rows; torch starts the first of the pruner over
-    assert counter.frame_count <= 5 * 4 + 1
+        # one for each step, and for one or more samples and rows, of the first layer alone; torch starts two of the
+        # pruner's over
+        assert counter.frame_count <= 5 * 4 + 2
     for dtype in (torch.float64, torch.bfloat16, torch.float16):  # past the limit of compilations
         for batch, rows in ((1, 1), (1, 9), (3, 1), (3, 12)):
             norm, hidden = LlamaRMSNorm(16).to(dtype), torch.randn(batch, rows, 16, dtype=dtype)

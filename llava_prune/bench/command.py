@@ -1,7 +1,7 @@
 """`python -m llava_prune bench inference`: how fast pruned inference is, and how fast it could be at most.
 
 python -m llava_prune bench inference --json bench.json            # the 7B shape with random weights, on a GPU
-python -m llava_prune bench inference --shape tiny --emulate       # the same code on a CPU, in seconds
+python -m llava_prune bench inference --shape tiny --emulate       # the same code on a CPU, in minutes
 """
 
 from __future__ import annotations

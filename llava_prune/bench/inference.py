@@ -195,7 +195,8 @@ def _run(
         result.reason = str(error)
         return result
     result.first_ms = times[1]
-    result.token_ms = (times[scenario.new_tokens] - times[1]) / (scenario.new_tokens - 1)
+    token_ms = (times[scenario.new_tokens] - times[1]) / (scenario.new_tokens - 1)
+    result.token_ms = token_ms if token_ms > 0 else None  # less than the noise of few repeats on a busy machine
     _count(model, method, scenario, batch, rates, result)
     return result
 

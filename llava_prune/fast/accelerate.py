@@ -11,6 +11,7 @@ import warnings
 from functools import partial
 from types import MethodType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class FastHandle:
         self.room, self.emulate = room, emulate
         self.graphs = Graphs(compat.execution_device(self.decoder.layers[0]), max_graphs)
         self.arena: Arena | None = None
-        self._original = self.decoder.forward
+        self._original, self._previous = self.decoder.forward, self.decoder.__dict__.get("forward")
         self._bind = compat.bind_arguments(self._original)
         self._cache_class = cache_class()
         self._parts = fused_parts() if fuse and self.graphs.cuda else PLAIN
@@ -102,14 +103,21 @@ class FastHandle:
         self._live: Generation | None = None
         self._weights: Any = None
         self._said: set[str] = set()
+        self._replaced: WeakSet = WeakSet()
         self.decoder.__dict__[_FAST] = self
         self.decoder.forward = MethodType(lambda _decoder, *args, **kwargs: self(*args, **kwargs), self.decoder)
 
     def remove(self) -> None:
         """The plain path again; safe to call twice."""
         if self.decoder.__dict__.pop(_FAST, None) is self:
-            del self.decoder.forward
+            if self._previous is None:
+                del self.decoder.forward
+            else:
+                self.decoder.forward = self._previous
         self._forget()
+
+    def __deepcopy__(self, memo: dict) -> None:
+        raise ValueError("a copy of this model would run the original's decoder: call remove() on this handle first")
 
     def __enter__(self) -> FastHandle:
         return self
@@ -134,11 +142,15 @@ class FastHandle:
         prune = handle_of(self.decoder)
         if not self._begins_to_generate(call, cache, prune):
             return self._original(*args, **kwargs)
+        if cache is not None and cache in self._replaced:
+            raise ValueError(REFUSAL.format("fill a cache of yours, go on with the one that was returned, or"))
         reason = self._why_not(call, prune)
         output = None if reason else self._prefill(call, prune)
         if output is None:
             self._say(reason or "prompts are padded on the right, where the stock model would go on from the padding")
             return self._original(*args, **kwargs)
+        if cache is not None:
+            self._replaced.add(cache)  # it stays empty, and must not be taken for a new prompt's
         return output
 
     def _say(self, reason: str) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat import slides
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MOVING_ROTARY = ("dynamic", "longrope")  # tables that depend on the length
 
@@ -34,6 +36,8 @@ def decoder_reason(decoder: nn.Module, own_hooks: set[int]) -> str | None:
             if hooks and {*module._forward_pre_hooks, *module._forward_hooks} - own_hooks:
                 return f"a {type(module).__name__} has forward hooks, which a replayed graph would pass by"
     config = decoder.config
+    if slides(config):
+        return f"its attention has a sliding window of {config.sliding_window}"
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind in MOVING_ROTARY:

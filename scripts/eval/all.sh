@@ -2,7 +2,7 @@
 # Every benchmark that has its data, in one or more modes, then one table.
 #
 #   MODEL=liuhaotian/llava-v1.5-7b PRUNERS=outputs/llava-v1.5-7b-prune bash scripts/eval/all.sh MODE=origin,hard
-#   bash scripts/eval/all.sh MODE=origin,hard PRUNERS=... BENCHMARKS="pope gqa textvqa"
+#   bash scripts/eval/all.sh MODE=origin,hard PRUNERS=... BENCHMARKS=pope,gqa,textvqa
 #
 # A benchmark without data is passed over, and what it needs stands under the table; one that fails leaves its log.
 # Exits with 1 if one failed.
@@ -10,7 +10,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 BENCHMARKS=${BENCHMARKS:-vqav2 gqa vizwiz sqa textvqa pope mme mmbench mmbench_cn seed llavabench mmvet mosaic}
 IFS=',' read -ra MODES <<< "$MODE"
-read -ra NAMES <<< "$BENCHMARKS"
+read -ra NAMES <<< "${BENCHMARKS//,/ }"
+for NAME in "${NAMES[@]}"; do
+    [[ -f $ROOT/scripts/eval/$NAME.sh && $NAME != all && $NAME != common ]] || {
+        echo "$0: there is no benchmark '$NAME'; write BENCHMARKS=pope,gqa" >&2; exit 2; }
+done
 
 FAILED=0
 FOLDERS=()

@@ -10,8 +10,9 @@
 #   CUDA_VISIBLE_DEVICES  one process a GPU, each with a chunk of the questions
 set -euo pipefail
 
+SETTINGS="MODEL MODEL_BASE MODE PRUNERS BASELINE AVERAGE_TOKENS EVAL RESULTS CONV_MODE CHUNKS CUDA_VISIBLE_DEVICES BENCHMARKS TEST_QUESTIONS"
 for SETTING in "$@"; do
-    [[ $SETTING =~ ^[A-Z_]+= ]] || { echo "$0: '$SETTING' is no setting; write NAME=value, as MODE=origin" >&2; exit 2; }
+    [[ " $SETTINGS " == *" ${SETTING%%=*} "* && $SETTING == *=* ]] || { echo "$0: '$SETTING' is no setting; write NAME=value, as MODE=origin, with one of $SETTINGS" >&2; exit 2; }
     export "${SETTING?}"
 done
 

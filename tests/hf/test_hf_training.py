@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
-from llava_prune import load_pruners
+from llava_prune import load_pruners, prune_mode
 from llava_prune.convert import convert
 from llava_prune.data_hf import Collator, ConversationDataset
 from llava_prune.reporting.samples import Sample
 from llava_prune.testbed.prepare import prepare
 from llava_prune.train_hf import arguments_class, make_trainer
+from llava_prune.trainer import newest_complete
 from llava_prune.turns import supervise_one_turn
 from llava_prune.visualize.chat import load_chat
 
@@ -204,8 +205,9 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(bed, tmp_path):
 
 
 @pytest.mark.distributed
-def test_lora_trains_beside_the_pruners(bed, tmp_path):
-    run(bed, tmp_path, lora_enable=True, lora_r=4, steps=3)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora_trains_beside_the_pruners(bed, tmp_path, stage):
+    run(bed, tmp_path, stage=stage, lora_enable=True, lora_r=4, steps=3)
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     assert adapter and not any("pruner" in name for name in adapter)
     assert any(value.abs().sum() > 0 for name, value in adapter.items() if "lora_B" in name), "LoRA did not move"
@@ -217,6 +219,71 @@ def test_lora_trains_beside_the_pruners(bed, tmp_path):
     assert all(any(torch.equal(own, value) for value in state.values()) for own in list(adapter.values())[:4])
     with load_pruners(chat.model, tmp_path):
         assert chat.answers([Sample(Image.new("RGB", (64, 64)), "Is there a circle?")], 2)
+
+
+def test_without_deepspeed_an_adapter_goes_on_from_the_newest_complete_checkpoint(bed, tmp_path):
+    flags = {"stage": None, "lora_enable": True, "lora_r": 4, "save_strategy": "steps", "save_steps": 2, "steps": 4}
+    run(bed, tmp_path, **flags)
+    whole = load_file(tmp_path / "adapter_model.safetensors")
+    before = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert any((whole[name] - before[name]).abs().max() > 1e-5 for name in whole)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()  # written last: as if killed while it was saved
+    assert newest_complete(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    run(bed, tmp_path, **flags)
+    again = load_file(tmp_path / "adapter_model.safetensors")
+    for name, value in whole.items():
+        torch.testing.assert_close(again[name], value, atol=1e-5, rtol=0)
+
+
+def trainer_of(bed, out, **flags):
+    settings = {
+        "model_name_or_path": bed / "hf",
+        "data_path": bed / "yes.json",
+        "image_folder": bed,
+        "output_dir": out,
+        "prune_config": "mosaic",
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "model_max_length": 512,
+        **flags,
+    }
+    return make_trainer([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+
+
+def test_evaluation_is_the_task_loss_of_what_is_kept(bed, tmp_path):
+    trainer = trainer_of(bed, tmp_path)
+    trainer.eval_dataset = torch.utils.data.Subset(trainer.train_dataset, range(4))
+    trainer.train()
+    found = trainer.evaluate()["eval_loss"]
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with torch.no_grad(), prune_mode(trainer.model.eval(), "masked"):
+        assert found == pytest.approx(trainer.model(**batch).loss.item(), rel=1e-4)
+
+
+def test_an_adaptation_is_held_to_the_base_as_it_was(bed, tmp_path):
+    """Also where layers with an adapter lie before the first pruner."""
+    trainer_of(bed, tmp_path / "start", max_steps=1).train()
+    flags = {"prune_train_pruners": False, "prune_start": tmp_path / "start", "prune_alignment": "mse"}
+    trainer = trainer_of(bed, tmp_path / "out", lora_enable=True, lora_r=4, **flags)
+    model = trainer.model.train()
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        with model.disable_adapter(), trainer.prune_handle.suspended():
+            states = model(**batch, output_hidden_states=True).hidden_states
+        with prune_mode(model, "hard"):
+            model(**batch, use_cache=False)
+            found, index, _ = trainer._unpruned(trainer.prune_handle.state.record, batch)
+    assert found and index.shape[1] > 1
+    for layer, features in found.items():
+        if layer + 1 < len(states) - 1:  # the last one is normalised
+            torch.testing.assert_close(features, states[layer + 1], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("baseline", ["divprune", "fastv"])
