@@ -91,7 +91,8 @@ class TokenLayout:
         valid: (B, T) bool, False at padding.
         vision: (B, T) bool.
         question: (B, T) bool, text after the first vision token and before the answer: the supervised one when
-            labels are given, else the one to be generated. Never a token of the answer.
+            labels are given, else the one to be generated, of which it holds no token (generated without a cache, what
+            was generated so far looks like the question).
         predicting: (B, T) bool, vision tokens that a text token is predicted from: the last token of a prompt that
             ends in an image, and the one before a supervised token. None where there are none.
         num_images: (B,) long.

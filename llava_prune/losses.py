@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .discriminator import standardise
+
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum().clamp(min=1.0)
@@ -93,10 +95,6 @@ def gradient_penalty(logits: Tensor, inputs: list[Tensor], weights: Tensor) -> T
     return 0.5 * _weighted_mean(squared, weights)
 
 
-def _standardise(hidden: Tensor) -> Tensor:
-    return F.layer_norm(hidden.float(), hidden.shape[-1:])
-
-
 def mse_loss(fake: list[Tensor], real: list[Tensor], mask: Tensor) -> Tensor:
     """Mean squared distance of standardised hidden states, averaged over layers.
 
@@ -106,7 +104,7 @@ def mse_loss(fake: list[Tensor], real: list[Tensor], mask: Tensor) -> Tensor:
     """
     weights = mask.float()
     terms = [
-        _weighted_mean((_standardise(f) - _standardise(r)).square().mean(-1), weights)
+        _weighted_mean((standardise(f) - standardise(r)).square().mean(-1), weights)
         for f, r in zip(fake, real, strict=True)
     ]
     return torch.stack(terms).mean()
@@ -119,7 +117,7 @@ def mean_var_loss(fake: list[Tensor], real: list[Tensor], mask: Tensor) -> Tenso
     has_text = mask.any(1).float()
 
     def moments(hidden: Tensor) -> Tensor:
-        hidden = _standardise(hidden)
+        hidden = standardise(hidden)
         mean = (hidden * weights).sum(1) / count
         variance = ((hidden - mean[:, None]).square() * weights).sum(1) / count
         return torch.cat([mean, variance], -1)
