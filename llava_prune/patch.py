@@ -194,6 +194,14 @@ class PruneHandle:
         """Layer -> what is to be shown that layer's inputs in a prefill."""
         return {}
 
+    def __repr__(self) -> str:
+        config = self.config
+        target = f"target_token_num={config.target_token_num}"
+        if config.target_token_num is None:
+            target = f"target_sparsity={config.target_sparsity}"
+        layers = f"pruning_layers={config.pruning_layers}"
+        return f"PruneHandle(mode={self.state.mode!r}, {layers}, {target}, selection={config.selection!r})"
+
     def __deepcopy__(self, memo: dict) -> None:
         raise ValueError(
             "a copy of this model would run the original's layers, by what is bound on it: call detach_pruners(model) "

@@ -6,6 +6,7 @@ from law import settings
 from tiny import batch_of, randomise_pruners, tiny_llava
 
 from llava_prune import attach_pruners, detach_pruners, prune_mode
+from llava_prune.baselines import attach_baseline
 
 
 def logits(model, batch):
@@ -54,3 +55,11 @@ def test_modes_and_models_are_checked(llava):
         pass
     with pytest.raises(ValueError, match="no Llama decoder"):
         attach_pruners(torch.nn.Linear(2, 2), settings())
+
+
+def test_handles_say_what_they_keep(llava):
+    with attach_pruners(llava, settings(pruning_layers=(1, 3))) as handle, prune_mode(llava, "hard"):
+        shown = "PruneHandle(mode='hard', pruning_layers=(1, 3), target_sparsity=0.5, selection='threshold')"
+        assert repr(handle) == shown
+    with attach_baseline(llava, "fastv", 6) as handle:
+        assert repr(handle) == "BaselineHandle(mode='hard', method=FastV, average_tokens=6)"

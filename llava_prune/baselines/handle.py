@@ -53,6 +53,10 @@ class BaselineHandle(PruneHandle):
         watched = getattr(self.method, "watched", None)
         return {} if watched is None else {watched: self.method.watch}
 
+    def __repr__(self) -> str:
+        name, mode = type(self.method).__name__, self.state.mode
+        return f"BaselineHandle(mode={mode!r}, method={name}, average_tokens={self.average_tokens})"
+
     def _attach(self) -> None:
         super()._attach()
         self._hooks += self.method.hooks(self)
