@@ -59,11 +59,11 @@ class CrossAttention(nn.Module):
         """(B, N, query_dim), (B, S, context_dim), (B, S) bool, fp32 bias or None -> (B, N, output_dim)."""
 
         def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.heads, -1))
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        query = self.norm_query(split(self.to_query(query))).transpose(1, 2)
-        key = self.norm_key(split(self.to_key(context))).transpose(1, 2)
-        value = split(self.to_value(context)).transpose(1, 2)
+        query = self.norm_query(split(self.to_query(query)))
+        key = self.norm_key(split(self.to_key(context)))
+        value = split(self.to_value(context))
         mask = None if context_mask is None else context_mask[:, None, None, :]
         if mask is not None and mask.is_floating_point():
             mask = mask.to(query.dtype)
