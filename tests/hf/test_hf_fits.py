@@ -61,6 +61,13 @@ def test_who_keeps_all_is_right_where_origin_is(fits):
     assert find_handle(fits.model) is None
 
 
+def test_what_is_lost_is_left_out_with_a_message(fits, capsys):
+    lost, fine = (fits.fitted(Fit(steps=1, batch_size=2), fits.configs["ours"], seed) for seed in (0, 1))
+    next(lost.parameters()).data.fill_(torch.nan)
+    assert fits._not_lost("ours", {0: lost, 1: fine}) == [fine]
+    assert "ours: left out, seeds [0]" in capsys.readouterr().out
+
+
 def test_a_run_writes_every_fit_and_seed_at_every_budget_above_its_floor(fits):
     rows = fits.run(seeds=(0, 1))
     assert rows == json.loads((fits.out / "fits.json").read_text())

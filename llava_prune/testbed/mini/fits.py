@@ -259,13 +259,27 @@ class Fits:
             if places not in layers:
                 layers[places] = f"{SLOPES}, {name}" if layers else SLOPES
                 rows.append({"fit": layers[places], "right": self._at(config, self.budgets[name], [None])})
-            fitted = [self.fitted(fit, config, seed) for seed in seeds]
+            fitted = self._not_lost(name, {seed: self.fitted(fit, config, seed) for seed in seeds})
+            if not fitted:
+                continue
             rows.append({"fit": name, "steps": fit.steps, "right": self._at(config, self.budgets[name], fitted)})
             shown = (f"{mean(shares):.1%} at {at}" for at, shares in rows[-1]["right"].items())
             print(f"{name}: " + ", ".join(shown), flush=True)
             write_text(self.out / "fits.json", json.dumps(rows, indent=1) + "\n")
         _print(rows, self.size.budgets)
         return rows
+
+    @staticmethod
+    def _not_lost(name: str, fitted: dict[int, nn.ModuleDict]) -> list[nn.ModuleDict]:
+        """Those whose weights are finite; of the others a message says the seeds."""
+        fine = {
+            seed: pruners
+            for seed, pruners in fitted.items()
+            if all(weight.isfinite().all() for weight in pruners.parameters())
+        }
+        if lost := sorted(fitted.keys() - fine.keys()):
+            print(f"{name}: left out, seeds {lost}: their weights are not finite any more", flush=True)
+        return list(fine.values())
 
     def _at(
         self, config: PruneConfig, budgets: list[float], fitted: list[nn.ModuleDict | None]
