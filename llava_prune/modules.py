@@ -32,7 +32,7 @@ class CrossAttention(nn.Module):
         output_dim: width of the output, `dim` unless given.
         qk_norm: normalise the queries and keys of each head (Dehghani et al. 2023, arXiv:2302.05442, section 2).
             Scores then stay within the square root of a head's width, times the learned gains. Else they can grow
-            without end, and from some 1e7 on fused attention has a backward pass of NaN in half precision.
+            without end, and of very large ones fused attention has a backward pass of NaN in half precision.
     """
 
     def __init__(
