@@ -7,7 +7,6 @@ pruner, one summed loss and one backward through the engine; then the discrimina
 from __future__ import annotations
 
 from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -193,20 +192,29 @@ class PruneTrainerMixin:
     ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
         """The unpruned pass: (B, T, hidden_size) by feature layer, the text's places (B, S) in them, the guidance."""
         handle, state = self.prune_handle, self.prune_handle.state
-        # an adaptation is held to the base as it was before, whose layers before the first pruner differ as well
-        as_it_was = nullcontext() if self.prune.train_pruners else without_adapters(self.model)
-        shared = self.prune.train_pruners or self.prune.pruning_layers[0] == 0
-        if handle.pruners.merger is not None or not shared:
-            with as_it_was:
-                return *self._features_from_the_start(inputs), {}
         index, _ = padded_index(record.layout.text_after_image)
-        if not state.guided:
-            with as_it_was:
-                return handle.unpruned_features(record), index, {}
-        head, layers = self.model.get_output_embeddings(), self.prune.pruning_layers
-        compiled = self.prune.compile_layers
-        unpruned = guided_pass(handle.decoder, head, record, layers, state.feature_layers, compiled)
-        return unpruned.features, index, unpruned.shares
+        features, shares = {}, {}
+        of_this_model = not self.lora and handle.pruners.merger is None
+        if state.guided:
+            head, layers = self.model.get_output_embeddings(), self.prune.pruning_layers
+            read = state.feature_layers if of_this_model else ()
+            unpruned = guided_pass(handle.decoder, head, record, layers, read, self.prune.compile_layers)
+            features, shares = unpruned.features, unpruned.shares
+        elif of_this_model:
+            features = handle.unpruned_features(record)
+        if state.feature_layers and not of_this_model:
+            features, index = self._features_as_they_were(record, inputs)
+        return features, index, shares
+
+    def _features_as_they_were(
+        self, record: ForwardRecord, inputs: dict[str, Any]
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Those of the base without its adapter: real ones that could be learned would be learned to be alike."""
+        with without_adapters(self.model):
+            if self.prune_handle.pruners.merger is not None or self.prune.pruning_layers[0] > 0:
+                return self._features_from_the_start(inputs)
+            index, _ = padded_index(record.layout.text_after_image)
+            return self.prune_handle.unpruned_features(record), index
 
     def _guidance_alone(self, record: ForwardRecord) -> Tensor:
         """Guidance of every pruner on the unpruned pass, by what enters its layer there, and on earlier passes."""

@@ -264,11 +264,15 @@ def test_evaluation_is_the_task_loss_of_what_is_kept(bed, tmp_path):
         assert found == pytest.approx(trainer.model(**batch).loss.item(), rel=1e-4)
 
 
-def test_an_adaptation_is_held_to_the_base_as_it_was(bed, tmp_path):
-    """Also where layers with an adapter lie before the first pruner."""
-    trainer_of(bed, tmp_path / "start", max_steps=1).train()
-    flags = {"prune_train_pruners": False, "prune_start": tmp_path / "start", "prune_alignment": "mse"}
+@pytest.mark.parametrize("mode, guided", [("hard", False), ("soft", False), ("soft", True)])
+def test_lora_is_held_to_the_base_as_it_was(bed, tmp_path, mode, guided):
+    """Adapting to pruners and beside ones that learn, also with adapted layers before the first pruner."""
+    flags = {"prune_alignment": "mse"}
+    if mode == "hard":
+        trainer_of(bed, tmp_path / "start", max_steps=1).train()
+        flags |= {"prune_train_pruners": False, "prune_start": tmp_path / "start"}
     trainer = trainer_of(bed, tmp_path / "out", lora_enable=True, lora_r=4, **flags)
+    trainer.prune_handle.state.guided = guided
     model = trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
     for name, parameter in model.named_parameters():
@@ -277,10 +281,11 @@ def test_an_adaptation_is_held_to_the_base_as_it_was(bed, tmp_path):
     with torch.no_grad():
         with model.disable_adapter(), trainer.prune_handle.suspended():
             states = model(**batch, output_hidden_states=True).hidden_states
-        with prune_mode(model, "hard"):
+        with prune_mode(model, mode):
             model(**batch, use_cache=False)
-            found, index, _ = trainer._unpruned(trainer.prune_handle.state.record, batch)
+            found, index, shares = trainer._unpruned(trainer.prune_handle.state.record, batch)
     assert found and index.shape[1] > 1
+    assert bool(shares) == guided
     for layer, features in found.items():
         if layer + 1 < len(states) - 1:  # the last one is normalised
             torch.testing.assert_close(features, states[layer + 1], atol=1e-4, rtol=1e-4)

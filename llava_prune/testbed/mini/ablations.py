@@ -29,8 +29,8 @@ MAIN = "ours"
 ADAPTED = "adapted"
 # of a second training, on masks and every loss but guidance, that starts from the pruners of the main one
 SECOND = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-5, "target_warmup_ratio": 0.1}
-# of one from fresh pruners, which has further to go
-SCRATCH = {**SECOND, "pruner_lr": 1e-3, "pruner_qk_norm": True}
+# of one from fresh pruners, which has further to go; `--steps` has to be four times as many for it
+SCRATCH = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-3, "pruner_qk_norm": True}
 
 
 def _second(flags: dict[str, Any] | None = None, **prune: Any) -> Variant:
@@ -64,14 +64,19 @@ VARIANTS = {
     "spectral_norm": _second(spectral_norm=True),
     "no_noise": _second(noise_scale_start=0.0, noise_scale_end=0.0),
     "no_masked_end": _second(final_masked_ratio=0.0),
+    # the estimator, instead of a differentiable top-k
+    "gumbel_soft": _second(estimator="gumbel_soft"),
+    "gumbel_st": _second(estimator="gumbel_st"),
+    "sigmoid_st": _second(estimator="sigmoid_st"),
     # from fresh pruners
     "scratch": _scratch(),
-    "no_qk_norm": _scratch(pruner_qk_norm=False),
-    "merger": _scratch(enable_token_merger=True),
+    "scratch_no_alignment": _scratch(alignment="none"),
+    "scratch_no_qk_norm": _scratch(pruner_qk_norm=False),
+    "scratch_merger": _scratch(enable_token_merger=True),
     # and how many tokens, learned by a threshold, which guidance alone knows nothing of
-    "gumbel_soft": _scratch(estimator="gumbel_soft", selection="threshold"),
-    "gumbel_st": _scratch(estimator="gumbel_st", selection="threshold"),
-    "sigmoid_st": _scratch(estimator="sigmoid_st", selection="threshold"),
+    "scratch_gumbel_soft": _scratch(estimator="gumbel_soft", selection="threshold"),
+    "scratch_gumbel_st": _scratch(estimator="gumbel_st", selection="threshold"),
+    "scratch_sigmoid_st": _scratch(estimator="sigmoid_st", selection="threshold"),
     # pruners stay as the main training made them, and LoRA learns to answer from what they keep, at every budget
     ADAPTED: _adapted(),
     "adapted_no_alignment": _adapted(alignment="none"),
