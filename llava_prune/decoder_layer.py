@@ -6,7 +6,7 @@ here one by one. Both stacks name them alike, and LoRA, ZeRO-3 and quantisation 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,61 +18,84 @@ from .compat import apply_rotary
 Tables = tuple[Tensor, Tensor]  # cos and sin, (B, S, head width)
 
 
-def _norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+# ---- steps between matrix products
+
+
+def normed(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """The norm of the hidden states."""
     return norm(hidden)
 
 
-def _add_norm(norm: nn.Module, hidden: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+def added_and_normed(norm: nn.Module, hidden: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """Their sum, and that normed."""
     hidden = hidden + added
     return hidden, norm(hidden)
 
 
-def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at their rotary positions."""
     return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
 
 
-def _mlp(mlp: nn.Module, normed: Tensor) -> Tensor:
-    return mlp(normed)
+def stored(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """The query rotated; the key, rotated, and the value are written to `keys` and `values`."""
+    query, key = rotated(query, key, cos, sin)
+    keys.copy_(key)
+    values.copy_(value)
+    return query
 
 
-def _pruner(pruner: nn.Module, *inputs: Tensor | None) -> Tensor:
-    return pruner(*inputs)
+# ---- a layer
+
+
+def _as_it_is(step: Callable) -> Callable:
+    return step
+
+
+def _products(linears: Sequence[nn.Module], hidden: Tensor) -> list[Tensor]:
+    return [linear(hidden) for linear in linears]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return attend(query, key, value, is_causal=True)
+
+
+def _mlp(mlp: nn.Module, hidden: Tensor) -> Tensor:
+    return mlp(hidden)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Steps of a layer and before it, which something else may do in fewer kernels.
+    """What something else may do in fewer kernels, or faster ones.
 
     Attributes:
-        norm: (norm, hidden) -> normed.
-        add_norm: (norm, hidden, added) -> their sum, and that normed.
-        rotate: (query, key, cos, sin) -> both rotated.
+        step: (function of tensors and modules) -> one that does the same.
+        products: (linears, hidden) -> the output of each.
+        causal: (query, key, value) -> attended, every row to itself and those before it.
         mlp: (mlp, normed) -> its output.
-        pruner: (pruner, *`PrunerInputs`) -> logits.
     """
 
-    norm: Callable[..., Tensor] = _norm
-    add_norm: Callable[..., tuple[Tensor, Tensor]] = _add_norm
-    rotate: Callable[..., tuple[Tensor, Tensor]] = _rotate
+    step: Callable[[Callable], Callable] = _as_it_is
+    products: Callable[..., list[Tensor]] = _products
+    causal: Callable[..., Tensor] = _causal
     mlp: Callable[..., Tensor] = _mlp
-    pruner: Callable[..., Tensor] = _pruner
 
 
 PLAIN = Parts()
 
 
-def project(layer: nn.Module, hidden: Tensor, tables: Tables, parts: Parts = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries (B, heads, S, head width), and keys and values (B, key-value heads, S, head width).
+def project(layer: nn.Module, hidden: Tensor, parts: Parts = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, heads, S, head width), and keys and values (B, key-value heads, S, head width), not rotated yet.
 
     Args:
         hidden: (B, S, D) entering the layer.
-        tables: at each row's rotary position.
     """
     attention = layer.self_attn
-    normed = parts.norm(layer.input_layernorm, hidden)
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
-    return *parts.rotate(query, key, *tables), value
+    hidden = parts.step(normed)(layer.input_layernorm, hidden)
+    products = parts.products((attention.q_proj, attention.k_proj, attention.v_proj), hidden)
+    return tuple(product.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for product in products)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
@@ -84,5 +107,5 @@ def attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
 def finish(layer: nn.Module, hidden: Tensor, attended: Tensor, parts: Parts = PLAIN) -> Tensor:
     """What leaves the layer, (B, S, D), from what entered it and (B, heads, S, head width) of attention."""
     added = layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-    hidden, normed = parts.add_norm(layer.post_attention_layernorm, hidden, added)
-    return hidden + parts.mlp(layer.mlp, normed)
+    hidden, entering = parts.step(added_and_normed)(layer.post_attention_layernorm, hidden, added)
+    return hidden + parts.mlp(layer.mlp, entering)

@@ -17,13 +17,12 @@ from . import compat
 from .attention_masks import of_cached_rows, of_rows, with_bias, without_keys
 from .config import PruneConfig
 from .drop import Rows
-from .layout import gather_rows, padded_index, replace_rows
+from .layout import gather_rows, marked, padded_index, placed, replace_rows
 from .masks import (
     bounded_where_dropped,
     estimate_mask,
     log_bias,
-    select_best,
-    select_tokens,
+    selected,
     straight_through_selection,
     topk_mask,
 )
@@ -90,14 +89,12 @@ class LayerForward:
 
     def select(self, value: Tensor, view: LayerView) -> Tensor:
         """(B, N) bool, the alive tokens that stay; those whose logits are read come first."""
-        config, needed = self.config, view.predicting
-        if needed is not None:
-            value = value.masked_fill(needed, torch.inf)
-        if view.counts is None:
-            keep = select_tokens(value, view.alive, config.threshold, config.min_keep, config.max_keep)
-        else:
-            keep = select_best(value, view.alive, view.counts)
-        return keep if needed is None else keep | needed
+        return selected(value, view.alive, view.counts, view.predicting, *self.rule)
+
+    @property
+    def rule(self) -> tuple[float, int, int | None]:
+        """Threshold, and tokens that stay at the least and at the most."""
+        return self.config.threshold, self.config.min_keep, self.config.max_keep
 
     def _counts(self, record: ForwardRecord) -> Tensor | None:
         """(B,) vision tokens that stay, or None where a threshold decides."""
@@ -302,16 +299,16 @@ class LayerForward:
         keep = self.select(scores.value, view)
         if scores.vision is not None:
             hidden = replace_rows(hidden, vision_index, alive, scores.vision)
-        selected = rows.select(~is_vision | marked(vision_index, keep, is_vision.shape[1]))
+        left = rows.select(~is_vision | marked(vision_index, keep, is_vision.shape[1]))
         alive_index, _ = padded_index(past_kept, width=alive.shape[1])
         record.kept[self.index] = marked(alive_index, keep, past_kept.shape[1])
         if scores.logits is not None:
             record.probabilities[self.index] = placed(alive_index, scores.value, alive, past_kept.shape[1])
-        if selected is None:
+        if left is None:
             record.rows[self.index] = rows
             call["hidden_states"] = hidden
             return
-        record.rows[self.index], index = selected
+        record.rows[self.index], index = left
         call["hidden_states"] = gather_rows(hidden, index)
 
     @staticmethod
@@ -357,15 +354,3 @@ class LayerForward:
 
 def _detached(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in call.items()}
-
-
-def marked(index: Tensor, flags: Tensor, width: int) -> Tensor:
-    """(B, width) bool, True at the entries of `index` (B, K) whose flag is set; filler points at 0 with no flag."""
-    counts = torch.zeros(len(index), width, dtype=torch.int32, device=index.device)
-    return counts.scatter_add(1, index, flags.to(torch.int32)) > 0
-
-
-def placed(index: Tensor, values: Tensor, valid: Tensor, width: int) -> Tensor:
-    """(B, width) with `values` (B, K) at `index` (B, K) where `valid`, NaN elsewhere, no gradient."""
-    full = values.new_full((len(values), width + 1), float("nan"))
-    return full.scatter(1, index.masked_fill(~valid, width), values.detach())[:, :width]

@@ -140,11 +140,38 @@ def select_best(probability: Tensor, alive: Tensor, counts: Tensor) -> Tensor:
     return (_rank(probability, alive) < counts[:, None]) & alive
 
 
+def selected(
+    value: Tensor,
+    alive: Tensor,
+    counts: Tensor | None,
+    needed: Tensor | None,
+    threshold: float,
+    min_keep: int,
+    max_keep: int | None,
+) -> Tensor:
+    """Binary decision by either rule: (B, N) bool, the alive tokens that stay, those that are `needed` first.
+
+    Args:
+        value: (B, N), higher is kept first; a keep probability where the threshold decides.
+        counts: (B,) long, tokens to keep, or None where the threshold decides.
+        needed: (B, N) bool, tokens that stay whatever their value, or None.
+    """
+    if needed is not None:
+        value = value.masked_fill(needed, torch.inf)
+    if counts is None:
+        keep = select_tokens(value, alive, threshold, min_keep, max_keep)
+    else:
+        keep = select_best(value, alive, counts)
+    return keep if needed is None else keep | needed
+
+
 def _rank(probability: Tensor, alive: Tensor) -> Tensor:
     """(B, N) place of each token, best first; tokens that are not alive come last."""
     score = probability.masked_fill(~alive, float("-inf"))
     # a stable sort makes ties fall to the earlier token, on every device
-    return score.sort(dim=-1, descending=True, stable=True).indices.argsort(dim=-1)
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
 
 
 def straight_through_selection(probability: Tensor, keep: Tensor) -> Tensor:

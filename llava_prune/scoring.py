@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attention_rows import attention_of_rows
 from .decoder_layer import PLAIN, Parts
 from .drop import Rows
-from .layout import TokenLayout, gather_rows
+from .layout import TokenLayout, gather_rows, places_of
 from .masks import keep_probability
 from .pruner import PrunerInputs
 from .soft_attention import HIDDEN
@@ -63,16 +63,6 @@ class LayerView:
     def question(self) -> Tensor:
         """(B, Q, D) hidden states of the question."""
         return gather_rows(self.call["hidden_states"], self.question_index)
-
-    @property
-    def places(self) -> Tensor:
-        """(B, N, 2) row and column of the vision tokens in their pictures."""
-        return self.layout.places(self.rows.positions.gather(1, self.vision_index))
-
-    @property
-    def visible(self) -> Tensor:
-        """(B, N) fp32 bias of looks at the vision tokens: 0 while alive, else `HIDDEN`."""
-        return torch.zeros_like(self.vision_index, dtype=torch.float32).masked_fill(~self.alive, HIDDEN)
 
     @property
     def predicting(self) -> Tensor | None:
@@ -136,17 +126,40 @@ class PrunerScorer:
         self.pruner = pruner
 
     def __call__(self, view: LayerView, parts: Parts = PLAIN) -> Scores:
-        logits = parts.pruner(self.pruner, *self.inputs(view))
-        return Scores(keep_probability(logits), logits)
+        return Scores(*parts.step(scored)(self.pruner, *self.inputs(view, parts)))
 
-    def inputs(self, view: LayerView) -> PrunerInputs:
+    def inputs(self, view: LayerView, parts: Parts = PLAIN) -> PrunerInputs:
         """What the pruner reads of a view."""
-        residual = None
+        layout, residual = view.layout, None
         if self.pruner.use_attn_residual:
             attention = view.attention(view.question_index, view.question_valid)
-            residual = _relative(attention, view.alive, view.layout.vision_counts)
-        vision = (view.vision, view.places, view.visible)
-        return PrunerInputs(*vision, view.question, view.question_valid, residual)
+            residual = _relative(attention, view.alive, layout.vision_counts)
+        indices = (view.vision_index, view.alive, view.question_index, view.rows.positions)
+        kinds = (layout.vision, layout.vision_valid, layout.num_images)
+        vision, places, visible, question = parts.step(shown)(view.call["hidden_states"], *indices, *kinds)
+        return PrunerInputs(vision, places, visible, question, view.question_valid, residual)
+
+
+def scored(pruner: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keep probability (B, N) and logits (B, N, 2)."""
+    logits = pruner(*inputs)
+    return keep_probability(logits), logits
+
+
+def shown(
+    hidden: Tensor,
+    vision_index: Tensor,
+    alive: Tensor,
+    question_index: Tensor,
+    positions: Tensor,
+    vision: Tensor,
+    vision_valid: Tensor,
+    num_images: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`vision`, `places`, `visible` and `question` of `PrunerInputs`."""
+    places = places_of(vision, vision_valid.sum(-1), num_images, positions.gather(1, vision_index))
+    visible = torch.zeros_like(vision_index, dtype=torch.float32).masked_fill(~alive, HIDDEN)
+    return gather_rows(hidden, vision_index), places, visible, gather_rows(hidden, question_index)
 
 
 def _relative(attention: Tensor, alive: Tensor, counts: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder_layer import Tables, attend, finish, project
+from .decoder_layer import Tables, attend, finish, project, rotated
 from .flex import causal_flex
 
 HIDDEN = -1e3  # bias of what is not there: a weight of 0 in any dtype, and finite times sqrt(d) in half precision
@@ -89,7 +89,8 @@ def _compiled_layer() -> Callable[..., Tensor]:
 
 
 def _layer(layer: nn.Module, hidden: Tensor, tables: Tables, bias: Tensor | None, gate: Tensor | None) -> Tensor:
-    query, key, value = project(layer, hidden, tables)
+    query, key, value = project(layer, hidden)
+    query, key = rotated(query, key, *tables)
     if gate is not None:
         value = value * gate[:, None, :, None].to(value.dtype)
     if bias is None:

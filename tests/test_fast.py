@@ -13,12 +13,13 @@ from tiny import batch_of, generate, randomise_pruners, tiny_llava
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
 from llava_prune.baselines import METHODS, attach_baseline
 from llava_prune.compat import find_decoder
-from llava_prune.decoder_layer import PLAIN
+from llava_prune.decoder_layer import PLAIN, added_and_normed, normed, rotated, stored
 from llava_prune.fast import accelerate
 from llava_prune.fast.fused import fused_parts
 from llava_prune.patch import find_handle, set_mode
 from llava_prune.pruner import LayerPruner
 from llava_prune.run import attach_as_asked, build_parser
+from llava_prune.scoring import scored
 
 
 @matrix({"kind": tuple(KINDS), **FACTORS})
@@ -266,14 +267,39 @@ def test_fused_steps_are_the_stock_ones_in_few_compilations():
                 assert torch.equal(found, expected)
         # one for each step, and for one or more samples and rows, of the first layer alone; torch starts two of the
         # pruner's over
-        assert counter.frame_count <= 5 * 4 + 2
+        assert counter.frame_count <= 6 * 4 + 2
     for dtype in (torch.float64, torch.bfloat16, torch.float16):  # past the limit of compilations
         for batch, rows in ((1, 1), (1, 9), (3, 1), (3, 12)):
             norm, hidden = LlamaRMSNorm(16).to(dtype), torch.randn(batch, rows, 16, dtype=dtype)
-            assert torch.equal(fused_parts("aot_eager").norm(norm, hidden), norm(hidden))
+            assert torch.equal(fused_parts("aot_eager").step(normed)(norm, hidden), norm(hidden))
 
 
 def _steps(parts, norm, mlp, pruner, hidden, added, query, key, tables, seen):
-    rotated = parts.rotate(query, key, *tables)
-    logits = parts.pruner(pruner, hidden, *seen, None)
-    return [parts.norm(norm, hidden), *parts.add_norm(norm, hidden, added), *rotated, parts.mlp(mlp, hidden), logits]
+    step, cache = parts.step, torch.zeros(2, *key.shape)
+    layer = [step(normed)(norm, hidden), *step(added_and_normed)(norm, hidden, added), parts.mlp(mlp, hidden)]
+    turned = [*step(rotated)(query, key, *tables), step(stored)(query, key, added_to(key), *tables, *cache), cache]
+    return layer + turned + [*step(scored)(pruner, hidden, *seen, None)]
+
+
+def added_to(key):
+    return key + 1
+
+
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
+@torch.no_grad()
+def test_compiled_steps_decide_alike(tower_folder, selection):
+    """All that `accelerate` compiles on a GPU, without a break, in the same graphs' code."""
+    model = tiny_llava(tower_folder, padding_side="left")
+    randomise_pruners(attach_pruners(model, settings(selection=selection)))
+    inputs = batch_of([9, 14, 8], [1, 0, 2], "left")
+    with prune_mode(model, "hard"):
+        expected, report = answer(model, inputs), last_report(model)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        with accelerate(model, **SMALL) as fast:
+            fast._parts = fused_parts("aot_eager")
+            for _ in range(2):
+                assert torch.equal(answer(model, inputs), expected)
+                assert torch.equal(last_report(model).tokens_per_layer, report.tokens_per_layer)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 10, "nothing was compiled"
+        assert not torch._dynamo.utils.counters["graph_break"]

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..decoder_layer import Parts, Tables
+from ..decoder_layer import Parts, Tables, normed
 from .arena import Arena, CacheView
 from .layers import cached_layer
 
@@ -127,4 +127,4 @@ def decode(
             cache = caches.views[layer]
             hidden = cached_layer(layers[layer], hidden, cosine_sine, cache, place, bias, parts)
             layer += 1
-    return (parts.norm(norm, hidden),)
+    return (parts.step(normed)(norm, hidden),)

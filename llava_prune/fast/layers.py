@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..decoder_layer import Parts, Tables, attend, finish, project
+from ..decoder_layer import Parts, Tables, attend, finish, project, rotated, stored
 from .arena import CacheView
 
 
@@ -18,11 +18,10 @@ def prompt_layer(layer: nn.Module, hidden: Tensor, tables: Tables, cache: CacheV
         hidden: (B, S, D), valid rows first.
         tables: at each row's rotary position.
     """
-    query, key, value = project(layer, hidden, tables, parts)
-    length = hidden.shape[1]
-    cache.keys[:, :, :length].copy_(key)
-    cache.values[:, :, :length].copy_(value)
-    return finish(layer, hidden, attend(query, key, value, is_causal=True), parts)
+    query, key, value = project(layer, hidden, parts)
+    keys, values = (states[:, :, : hidden.shape[1]] for states in (cache.keys, cache.values))
+    query = parts.step(stored)(query, key, value, *tables, keys, values)
+    return finish(layer, hidden, parts.causal(query, keys, values), parts)
 
 
 def cached_layer(
@@ -35,7 +34,8 @@ def cached_layer(
         place: (B, Q) long, the row of the cache that each new token takes.
         bias: (B, 1, Q, capacity) in the dtype of `hidden`, 0 where it may attend and -inf elsewhere.
     """
-    query, key, value = project(layer, hidden, tables, parts)
+    query, key, value = project(layer, hidden, parts)
+    query, key = parts.step(rotated)(query, key, *tables)
     index = place[:, None, :, None].expand_as(key)
     cache.keys.scatter_(2, index, key)
     cache.values.scatter_(2, index, value)

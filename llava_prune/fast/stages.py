@@ -13,15 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..decoder_layer import Parts, Tables
+from ..decoder_layer import Parts, Tables, normed
 from ..drop import Rows
-from ..forward import LayerForward, marked, placed
-from ..layout import gather_rows, padded_index, replace_rows
+from ..forward import LayerForward
+from ..layout import replace_rows
 from ..scoring import LayerView, PrunerScorer
 from ..state import ForwardRecord
 from .arena import CacheView
 from .layers import prompt_layer
 from .prompt import Prompt
+from .steps import indexed, left_over, settled, tables_of
 
 
 class StageRows(NamedTuple):
@@ -92,13 +93,12 @@ class Stage:
         """
         layout = prompt.layout
         if before is None:
-            hidden, valid = prompt.hidden, layout.valid
+            hidden, valid, lengths = prompt.hidden, layout.valid, layout.valid.sum(-1)
             source = torch.arange(rows, device=hidden.device).repeat(len(hidden), 1)
         else:
-            index, valid = padded_index(before.keep, width=rows)
-            hidden, source = gather_rows(before.hidden, index), before.source.gather(1, index)
-        position = prompt.position.gather(1, source)
-        tables = tuple(table[position] for table in self.tables)
+            left = (before.keep, before.hidden, before.source)
+            hidden, source, valid, lengths = self.parts.step(left_over)(*left, rows)
+        tables = self.parts.step(tables_of)(prompt.position, source, *self.tables)
         record = ForwardRecord(layout, "hard", full_length=layout.valid.shape[1])
         record.notes.update(before.notes if before is not None else {})
         for layer, cache in zip(range(self.start, self.end), caches, strict=True):
@@ -106,9 +106,8 @@ class Stage:
             if layer in self.watch:  # only in the first stage: baselines watch layers before they drop
                 self.watch[layer](LayerView.of_all_rows(self.layers[layer], call, record))
             hidden = prompt_layer(self.layers[layer], hidden, tables, cache, self.parts)
-        lengths = valid.sum(-1)
         if self.decision is None:
-            return StageRows(self.parts.norm(self.norm, hidden), source, valid, lengths)
+            return StageRows(self.parts.step(normed)(self.norm, hidden), source, valid, lengths)
         return self._decide(hidden, source, valid, lengths, tables, record, vision, counts)
 
     def _decide(
@@ -122,27 +121,18 @@ class Stage:
         vision: int,
         counts: Tensor | None,
     ) -> StageRows:
-        layout = record.layout
+        layout, step = record.layout, self.parts.step
+        kinds = (layout.vision, layout.question, layout.predicting)
+        widths = (vision, layout.question_index.shape[1])
+        is_vision, vision_index, alive, needed, *question = step(indexed)(source, valid, *kinds, *widths)
         rows = Rows(source, valid, ragged=True)
-        is_vision = rows.flags(layout.vision)
-        vision_index, alive = padded_index(is_vision, width=vision)
-        question = padded_index(rows.flags(layout.question), width=layout.question_index.shape[1])
         call = {"hidden_states": hidden, "position_embeddings": tables}
-        layer = self.layers[self.end]
-        view = LayerView(layer, call, record, rows, valid, vision_index, alive, *question, counts)
+        view = LayerView(self.layers[self.end], call, record, rows, valid, vision_index, alive, *question, counts)
         scorer = self.decision.scorer
         scores = scorer(view, self.parts) if isinstance(scorer, PrunerScorer) else scorer(view)
-        chosen = self.decision.select(scores.value, view)
         if scores.vision is not None:
             hidden = replace_rows(hidden, vision_index, alive, scores.vision)
-        width = source.shape[1]
-        keep = valid & (~is_vision | marked(vision_index, chosen, width))
-        # for the report, here and not after the stage: in a graph they cost no launches
-        of_prompt = marked(source, keep, layout.valid.shape[1])
-        vision_kept = of_prompt.gather(1, layout.vision_index) & layout.vision_valid
-        probability = None
-        if scores.logits is not None:
-            of_rows = placed(vision_index, scores.value, alive, width)
-            of_prompt = placed(source, of_rows, ~of_rows.isnan(), layout.valid.shape[1])
-            probability = of_prompt.gather(1, layout.vision_index).masked_fill(~layout.vision_valid, float("nan"))
-        return StageRows(hidden, source, valid, lengths, keep, keep.sum(-1), vision_kept, probability, record.notes)
+        told = (scores.value, alive, counts, needed, vision_index, is_vision, source, valid)
+        of_prompt = (layout.vision_index, layout.vision_valid, layout.valid.shape[1], scores.logits is not None)
+        decided = step(settled)(*told, *self.decision.rule, *of_prompt)
+        return StageRows(hidden, source, valid, lengths, *decided, record.notes)
