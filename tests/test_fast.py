@@ -16,6 +16,7 @@ from llava_prune.compat import find_decoder
 from llava_prune.decoder_layer import PLAIN, added_and_normed, normed, rotated, stored
 from llava_prune.fast import accelerate
 from llava_prune.fast.fused import fused_parts
+from llava_prune.fast.suited import DecoderCheck
 from llava_prune.patch import find_handle, set_mode
 from llava_prune.pruner import LayerPruner
 from llava_prune.run import attach_as_asked, build_parser
@@ -98,6 +99,27 @@ def test_what_graphs_can_not_do_is_said_once_and_done_plainly(tower_folder, chan
                 warnings.simplefilter("error")
                 assert torch.equal(model(**inputs).logits, expected)
             assert len(fast.graphs) == 0
+
+
+@torch.no_grad()
+def test_what_changes_between_two_prompts_is_noticed(tower_folder):
+    model = tiny_llava(tower_folder, padding_side="left")
+    check = DecoderCheck(find_decoder(model))
+    layer = find_decoder(model).layers[3]
+    assert check(set()) is None and check(set()) is None
+    hook = layer.mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert "a Linear has forward hooks" in check(set()) and check({hook.id}) is None
+    hook.remove()
+    assert check(set()) is None
+    projection, layer.self_attn.k_proj = layer.self_attn.k_proj, torch.nn.Sequential(layer.self_attn.k_proj)
+    assert "k_proj is a torch.nn.modules.container.Sequential" in check(set())
+    layer.self_attn.k_proj = projection
+    assert check(set()) is None
+    layer.mlp._hf_hook = object()
+    assert "moves its layers between devices" in check(set())
+    del layer.mlp._hf_hook
+    model.train()
+    assert "training mode" in check(set())
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from .graphs import Graphs
 from .packing import Packing
 from .prompt import Prompt
 from .stages import Stage, StageRows
-from .suited import call_reason, decoder_reason, device_reason
+from .suited import DecoderCheck, call_reason, device_reason
 
 _FAST = "llava_prune_fast"
 
@@ -102,6 +102,7 @@ class FastHandle:
         self._buffers: dict[Any, Tensor] = {}
         self._live: Generation | None = None
         self._weights: Any = None
+        self._check = DecoderCheck(self.decoder)
         self._said: set[str] = set()
         self._replaced: WeakSet = WeakSet()
         self.decoder.__dict__[_FAST] = self
@@ -172,11 +173,7 @@ class FastHandle:
         embeds = call.get("inputs_embeds")
         device = compat.execution_device(self.decoder.layers[0]) if embeds is None else embeds.device
         own = set() if prune is None else prune.hook_ids
-        return (
-            device_reason(device, self.emulate)
-            or decoder_reason(self.decoder, own)
-            or call_reason(call, self.decoder.config)
-        )
+        return device_reason(device, self.emulate) or self._check(own) or call_reason(call, self.decoder.config)
 
     # ---- prefill
 

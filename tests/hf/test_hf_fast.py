@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from llava_prune import accelerate, attach_pruners
 from llava_prune.compat import find_decoder
-from llava_prune.fast.suited import decoder_reason
+from llava_prune.fast.suited import DecoderCheck
 
 
 @torch.no_grad()
@@ -25,10 +25,10 @@ def test_a_cache_of_ones_own_is_refused_when_it_comes_back_empty():
 
 def test_sliding_windows_go_the_plain_way():
     model = tiny("llava")
-    assert decoder_reason(find_decoder(model).eval(), set()) is None
+    assert DecoderCheck(find_decoder(model).eval())(set()) is None
     find_decoder(model).config.sliding_window = 8
     find_decoder(model).config.layer_types = ["sliding_attention"]
-    assert "sliding window of 8" in decoder_reason(find_decoder(model), set())
+    assert "sliding window of 8" in DecoderCheck(find_decoder(model))(set())
 
 
 def test_what_is_bound_is_not_copied():
