@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import PruneConfig
+from .masks import capped
 from .modules import CrossAttention, init_weights
 
 QUESTION_MULTIPLE = 64  # tokens that a compiled pruner's question is padded to: few lengths, few programs
@@ -107,7 +108,7 @@ class LayerPruner(nn.Module):
         if attn_residual is not None:
             margin = margin + self.residual_weight.float() * attn_residual.float()
         # a mask that is sure has no gradient left: where all of a layer are, its pruner learns no more
-        margin = self.logit_cap * torch.tanh(margin / self.logit_cap)
+        margin = capped(margin, self.logit_cap)
         return torch.stack([-margin / 2, margin / 2], -1)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from llava_prune.masks import (
     average_token_fraction,
     bounded_where_dropped,
+    capped,
     estimate_mask,
     keep_probability,
     log_bias,
@@ -178,3 +179,30 @@ def test_topk_of_all_has_no_gradient_to_lose():
     assert torch.equal(mask.bool(), alive)
     mask.sum().backward()
     assert torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() < 1e-3
+
+
+def test_a_cap_is_tanh_and_lets_what_is_settled_come_back():
+    margin = torch.linspace(-60, 60, 241, requires_grad=True)
+    stock = margin.detach().clone().requires_grad_()
+    settled = margin.detach().abs() > 12
+    for sign in (1.0, -1.0):  # of the gradient; a step goes against it
+        expected, found = 6 * torch.tanh(stock / 6), capped(margin, 6.0)
+        assert torch.equal(found, expected)
+        (slope,) = torch.autograd.grad(sign * found.sum(), margin)
+        (plain,) = torch.autograd.grad(sign * expected.sum(), stock)
+        assert torch.equal(slope[~settled], plain[~settled])
+        inward = sign * margin.detach() > 0
+        assert (slope[settled & inward].abs() > 0.07).all() and (slope[settled & ~inward] == 0).all()
+
+
+def test_a_soft_mask_that_has_drifted_off_follows_the_target():
+    torch.manual_seed(0)
+    margin = torch.full((64,), 50.0, requires_grad=True)
+    optimizer = torch.optim.Adam([margin], lr=1.0)
+    for _ in range(100):
+        keep = capped(margin, 6.0)
+        kept = estimate_mask(torch.stack([-keep / 2, keep / 2], -1), "gumbel_soft", 0.5).mean()
+        optimizer.zero_grad()
+        (kept - 0.1).square().backward()
+        optimizer.step()
+    assert kept < 0.2
