@@ -141,7 +141,9 @@ class PruneConfig:
     )
     guard_patience: int = _field(10, "logs in a row that must lie outside a guard's band before training stops")
     guard_task_loss: float = _field(4.0, "stop when the task loss stays this far above where it started")
-    guard_keep_ratio: float = _field(0.1, "stop when average tokens above the floor stay below this share of target's")
+    guard_keep_ratio: float = _field(
+        0.1, "stop when average tokens above the floor, or dropped ones, stay below this share of the target's"
+    )
 
     def __post_init__(self) -> None:
         for name in ("pruning_layers", "disc_layers"):

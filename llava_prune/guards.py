@@ -53,6 +53,17 @@ def check_guards(config: PruneConfig, history: list[dict[str, Any]], num_layers:
             f"{kept[-1]['prune/target_ratio']:.1%}: the keep ratio collapsed. Lower pruner_lr or raise "
             "task_weight_start" + advice
         )
+    targets = [entry["prune/target_ratio"] for entry in kept]
+    # once the target holds: while it is eased, what is kept lies behind it
+    holds = len(kept) == patience and targets[0] == targets[-1] < 0.99
+    if holds and not any(
+        1 - entry["prune/keep_ratio"] >= config.guard_keep_ratio * (1 - entry["prune/target_ratio"]) for entry in kept
+    ):
+        raise TrainingCollapsed(
+            f"average tokens stay at {kept[-1]['prune/keep_ratio']:.1%} of the vision tokens at step {step}, target "
+            f"{kept[-1]['prune/target_ratio']:.1%}: nothing is pruned. Raise sparsity_weight or target_warmup_ratio, "
+            "or set estimator to gumbel_st" + advice
+        )
 
 
 def _check_finite(history: list[dict[str, Any]], patience: int, advice: str) -> None:

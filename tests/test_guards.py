@@ -6,12 +6,14 @@ from llava_prune import PruneConfig, trainer
 from llava_prune.guards import TrainingCollapsed, check_guards
 
 
-def check(task=None, kept=None):
-    """Run the guards over logged task losses and keep ratios, target 0.25 and floor 0.125."""
+def check(task=None, kept=None, target=None):
+    """Run the guards over logged task losses and keep ratios, target 0.25 unless given and floor 0.125."""
     length = len(task or kept)
     logs = [
-        {"step": i, "loss/task": t, "prune/keep_ratio": k, "prune/target_ratio": 0.25}
-        for i, (t, k) in enumerate(zip(task or [0.1] * length, kept or [0.25] * length, strict=True))
+        {"step": i, "loss/task": t, "prune/keep_ratio": k, "prune/target_ratio": r}
+        for i, (t, k, r) in enumerate(
+            zip(task or [0.1] * length, kept or [0.25] * length, target or [0.25] * length, strict=True)
+        )
     ]
     config = PruneConfig(pruning_layers=(1,), target_token_num=36, guard_patience=3)
     check_guards(config, [{"epoch": 1}, *logs], num_layers=8, output_dir="out")
@@ -21,6 +23,9 @@ def test_a_healthy_run_and_an_odd_batch_go_on():
     check(task=[0.1] * 20)
     check(task=[0.1, 0.1, 9.0, 0.2, 9.0, 9.0, 0.3])
     check(kept=[1.0, 0.9, 0.5, 0.3, 0.12, 0.25])
+    check(kept=[1.0, 1.0, 0.9])
+    check(kept=[1.0] * 6, target=[1.0, 0.99, 0.9, 0.7, 0.4, 0.25])
+    check(kept=[1.0] * 6, target=[1.0] + [0.999999] * 5)
 
 
 def test_a_collapse_stops_with_what_to_do():
@@ -28,6 +33,8 @@ def test_a_collapse_stops_with_what_to_do():
         check(task=[0.1, 0.2, 0.1, 9.0, 9.0, 9.0])
     with pytest.raises(TrainingCollapsed, match="keep ratio collapsed"):
         check(kept=[1.0, 0.5, 0.3, 0.126, 0.126, 0.126])
+    with pytest.raises(TrainingCollapsed, match="nothing is pruned. Raise sparsity_weight"):
+        check(kept=[1.0, 0.99, 0.99, 0.99, 0.99, 0.99])
 
 
 @pytest.mark.parametrize("name", ["loss/task", "loss/guidance"])
