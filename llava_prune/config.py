@@ -66,7 +66,7 @@ class PruneConfig:
     )
     use_question: bool = _field(True, "pruners read the question; if not, they see the picture alone")
     init_keep_logit: float = _field(4.0, "keep logit at the start; 4 keeps 98 % of the tokens at each layer")
-    logit_cap: float = _field(6.0, "keep logits lie within plus and minus this, by tanh, so that none is ever settled")
+    logit_cap: float = _field(6.0, "keep logits lie within plus and minus this, by a tanh that lets them come back")
     use_attn_residual: bool = _field(False, "add the layer's own question-to-vision attention to the keep logit")
     attn_residual_weight: float = _field(1.0, "weight of the attention residual (its start, if learnable)")
     learn_attn_residual: bool = _field(True, "learn the weight of the attention residual")

@@ -37,16 +37,6 @@ def rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
 
 
-def stored(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
-) -> Tensor:
-    """The query rotated; the key, rotated, and the value are written to `keys` and `values`."""
-    query, key = rotated(query, key, cos, sin)
-    keys.copy_(key)
-    values.copy_(value)
-    return query
-
-
 # ---- a layer
 
 
@@ -56,10 +46,6 @@ def _as_it_is(step: Callable) -> Callable:
 
 def _products(linears: Sequence[nn.Module], hidden: Tensor) -> list[Tensor]:
     return [linear(hidden) for linear in linears]
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return attend(query, key, value, is_causal=True)
 
 
 def _mlp(mlp: nn.Module, hidden: Tensor) -> Tensor:
@@ -73,13 +59,11 @@ class Parts:
     Attributes:
         step: (function of tensors and modules) -> one that does the same.
         products: (linears, hidden) -> the output of each.
-        causal: (query, key, value) -> attended, every row to itself and those before it.
         mlp: (mlp, normed) -> its output.
     """
 
     step: Callable[[Callable], Callable] = _as_it_is
     products: Callable[..., list[Tensor]] = _products
-    causal: Callable[..., Tensor] = _causal
     mlp: Callable[..., Tensor] = _mlp
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from .config import PruneConfig
 
 TASK, GUIDANCE = "loss/task", "loss/guidance"
+STILL = 0.005  # a keep ratio that falls by less is not on its way
 
 
 class TrainingCollapsed(RuntimeError):
@@ -53,16 +54,22 @@ def check_guards(config: PruneConfig, history: list[dict[str, Any]], num_layers:
             f"{kept[-1]['prune/target_ratio']:.1%}: the keep ratio collapsed. Lower pruner_lr or raise "
             "task_weight_start" + advice
         )
-    targets = [entry["prune/target_ratio"] for entry in kept]
-    # once the target holds: while it is eased, what is kept lies behind it
-    holds = len(kept) == patience and targets[0] == targets[-1] < 0.99
-    if holds and not any(
-        1 - entry["prune/keep_ratio"] >= config.guard_keep_ratio * (1 - entry["prune/target_ratio"]) for entry in kept
+    held = [entry for entry in entries if entry.get("prune/target_ease") == 1 and "prune/keep_ratio" in entry]
+    if len(held) >= 2 * patience:  # while the target is eased, what is kept lies behind it
+        _check_pruned(held[-2 * patience :], config, advice)
+
+
+def _check_pruned(entries: list[dict[str, Any]], config: PruneConfig, advice: str) -> None:
+    ratios = [entry["prune/keep_ratio"] for entry in entries]
+    falls = ratios[-1] < ratios[0] - STILL
+    if not falls and not any(
+        1 - entry["prune/keep_ratio"] >= config.guard_keep_ratio * (1 - entry["prune/target_ratio"])
+        for entry in entries
     ):
         raise TrainingCollapsed(
-            f"average tokens stay at {kept[-1]['prune/keep_ratio']:.1%} of the vision tokens at step {step}, target "
-            f"{kept[-1]['prune/target_ratio']:.1%}: nothing is pruned. Raise sparsity_weight or target_warmup_ratio, "
-            "or set estimator to gumbel_st" + advice
+            f"average tokens stay at {ratios[-1]:.1%} of the vision tokens at step {entries[-1]['step']}, target "
+            f"{entries[-1]['prune/target_ratio']:.1%}: nothing is pruned. Raise sparsity_weight or pruner_lr, or try "
+            "another estimator" + advice
         )
 
 

@@ -67,7 +67,17 @@ def question_of(valid: Tensor, vision: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def places_of(vision: Tensor, counts: Tensor, num_images: Tensor, positions: Tensor) -> Tensor:
-    """See `TokenLayout.places`; counts and images are (B,)."""
+    """Where in their picture vision tokens lie.
+
+    Args:
+        vision: (B, T) bool.
+        counts, num_images: (B,) long, vision tokens and images of each sample.
+        positions: (B, K) long, of the tokens asked for.
+
+    Returns:
+        (B, K, 2) fp32 row and column in (0, 1). The tokens of a picture are taken for a square where their number
+        is one, else for a column; pictures for equally large where their tokens can be shared out evenly.
+    """
     ordinals = (vision.cumsum(-1) - 1).clamp(min=0).gather(1, positions)
     counts, images = counts[:, None], num_images[:, None].clamp(min=1)
     counts = torch.where(counts % images == 0, counts // images, counts).clamp(min=1)
@@ -179,15 +189,6 @@ class TokenLayout:
     def vision_counts(self) -> Tensor:
         """(B,) long, vision tokens of each sample."""
         return self.vision_valid.sum(-1)
-
-    def places(self, positions: Tensor) -> Tensor:
-        """Where in their picture the vision tokens at `positions` (B, K) lie.
-
-        Returns:
-            (B, K, 2) fp32 row and column in (0, 1). The tokens of a picture are taken for a square where their number
-            is one, else for a column; pictures for equally large where their tokens can be shared out evenly.
-        """
-        return places_of(self.vision, self.vision_counts, self.num_images, positions)
 
     def to(self, device: torch.device) -> TokenLayout:
         """The same on another device."""

@@ -225,6 +225,7 @@ class _Capped(torch.autograd.Function):
         ratio = margin / ctx.cap
         tanh = torch.tanh(ratio.clamp(-SETTLED, SETTLED))
         outward = (ratio.abs() > SETTLED) & (gradient * ratio < 0)  # of a step against the gradient
+        # as of tanh itself, to the last bit
         slope = torch.ops.aten.tanh_backward(gradient * ctx.cap, tanh) / ctx.cap
         return slope.masked_fill(outward, 0), None
 

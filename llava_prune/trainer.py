@@ -184,7 +184,8 @@ class PruneTrainerMixin:
         }
         loss = sum(weights[name] * term for name, term in terms.items())
         self._note({f"loss/{name}": term for name, term in terms.items()} | metrics)
-        self._note({"prune/temperature": torch.tensor(values.temperature)})
+        eased = {"prune/temperature": values.temperature, "prune/target_ease": values.target_ease}
+        self._note({name: torch.tensor(value) for name, value in eased.items()})
         return (loss, outputs) if return_outputs else loss
 
     def _unpruned(
@@ -192,7 +193,6 @@ class PruneTrainerMixin:
     ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
         """The unpruned pass: (B, T, hidden_size) by feature layer, the text's places (B, S) in them, the guidance."""
         handle, state = self.prune_handle, self.prune_handle.state
-        index, _ = padded_index(record.layout.text_after_image)
         features, shares = {}, {}
         of_this_model = not self.lora and handle.pruners.merger is None
         if state.guided:
@@ -203,13 +203,13 @@ class PruneTrainerMixin:
         elif of_this_model:
             features = handle.unpruned_features(record)
         if state.feature_layers and not of_this_model:
-            features, index = self._features_as_they_were(record, inputs)
-        return features, index, shares
+            return *self._features_as_they_were(record, inputs), shares
+        return features, padded_index(record.layout.text_after_image)[0], shares
 
     def _features_as_they_were(
         self, record: ForwardRecord, inputs: dict[str, Any]
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """Those of the base without its adapter: real ones that could be learned would be learned to be alike."""
+        """Those of the base without its adapter, which else could make real and fake alike by changing the real."""
         with without_adapters(self.model):
             if self.prune_handle.pruners.merger is not None or self.prune.pruning_layers[0] > 0:
                 return self._features_from_the_start(inputs)

@@ -6,13 +6,19 @@ from llava_prune import PruneConfig, trainer
 from llava_prune.guards import TrainingCollapsed, check_guards
 
 
-def check(task=None, kept=None, target=None):
-    """Run the guards over logged task losses and keep ratios, target 0.25 unless given and floor 0.125."""
+def check(task=None, kept=None, ease=None):
+    """Run the guards over logged task losses and keep ratios, target about 0.25 and floor 0.125."""
     length = len(task or kept)
     logs = [
-        {"step": i, "loss/task": t, "prune/keep_ratio": k, "prune/target_ratio": r}
-        for i, (t, k, r) in enumerate(
-            zip(task or [0.1] * length, kept or [0.25] * length, target or [0.25] * length, strict=True)
+        {
+            "step": i,
+            "loss/task": t,
+            "prune/keep_ratio": k,
+            "prune/target_ratio": 0.25 + 0.001 * (i % 3),
+            "prune/target_ease": e,
+        }
+        for i, (t, k, e) in enumerate(
+            zip(task or [0.1] * length, kept or [0.25] * length, ease or [1.0] * length, strict=True)
         )
     ]
     config = PruneConfig(pruning_layers=(1,), target_token_num=36, guard_patience=3)
@@ -23,9 +29,8 @@ def test_a_healthy_run_and_an_odd_batch_go_on():
     check(task=[0.1] * 20)
     check(task=[0.1, 0.1, 9.0, 0.2, 9.0, 9.0, 0.3])
     check(kept=[1.0, 0.9, 0.5, 0.3, 0.12, 0.25])
-    check(kept=[1.0, 1.0, 0.9])
-    check(kept=[1.0] * 6, target=[1.0, 0.99, 0.9, 0.7, 0.4, 0.25])
-    check(kept=[1.0] * 6, target=[1.0] + [0.999999] * 5)
+    check(kept=[1.0] * 8, ease=[0.0, 0.1, 0.4, 1.0, 1.0, 1.0, 1.0, 1.0])
+    check(kept=[0.99 - 0.002 * i for i in range(6)])
 
 
 def test_a_collapse_stops_with_what_to_do():
@@ -34,7 +39,7 @@ def test_a_collapse_stops_with_what_to_do():
     with pytest.raises(TrainingCollapsed, match="keep ratio collapsed"):
         check(kept=[1.0, 0.5, 0.3, 0.126, 0.126, 0.126])
     with pytest.raises(TrainingCollapsed, match="nothing is pruned. Raise sparsity_weight"):
-        check(kept=[1.0, 0.99, 0.99, 0.99, 0.99, 0.99])
+        check(kept=[1.0, 0.99, 0.99, 0.99, 0.99, 0.99, 0.99])
 
 
 @pytest.mark.parametrize("name", ["loss/task", "loss/guidance"])

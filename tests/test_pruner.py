@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava_prune import PruneConfig
-from llava_prune.layout import TokenLayout
+from llava_prune.layout import TokenLayout, places_of
 from llava_prune.pruner import LayerPruner, PrunerInputs, logits_of, waves
 from llava_prune.soft_attention import HIDDEN
 
@@ -108,7 +108,7 @@ def test_places_are_rows_and_columns_of_square_pictures():
     valid[1, :6] = False
     layout = TokenLayout.build(valid, vision, torch.tensor([2, 1]))
     square = [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
-    found = layout.places(layout.vision_index)
+    found = places_of(layout.vision, layout.vision_counts, layout.num_images, layout.vision_index)
     torch.testing.assert_close(found[0], torch.tensor(square * 2))
     torch.testing.assert_close(found[1, :3], torch.tensor([[1 / 6, 0.5], [3 / 6, 0.5], [5 / 6, 0.5]]))
 

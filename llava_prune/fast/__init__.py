@@ -2,8 +2,9 @@
 
 `accelerate` binds the decoder's forward. A prefill is packed (`prompt`) and runs in stages (`stages`), one graph
 each, with the pruners inside; a token runs in one graph (`generation.decode`) over key-value caches (`arena`,
-`cache`) that are as long, layer by layer, as what was kept. `layers` computes a decoder layer, `graphs` records and
-replays, `fused` has the steps between matrix products, `suited` says where none of this applies.
+`cache`) that are as long, layer by layer, as what was kept. `layers` computes a decoder layer, `steps` what lies
+between stages, `graphs` records and replays, `fused` has fewer and faster kernels, `suited` says where none of this
+applies.
 
 What was tried, on an H100 at the 7B shape, bf16, 576 + 64 tokens, batch 1, 64 average tokens; the first token, and
 milliseconds of each further one (`bench inference`):
@@ -13,8 +14,7 @@ milliseconds of each further one (`bench inference`):
     and steps between products fused    10.3    7.3    on a slower CPU; stock: 40.2, 24.0; in graphs: 16.6, 7.3
 
 Fusing was expected to save 3 ms a further token (30 small kernels a layer, 3 us each) and saved half of it, as far as
-two machines compare. Of a token's 7.3 ms the GPU is idle for 0.9, between graphs. Looking for hooks at every prefill
-took 2 ms of Python by `modules()` and takes 0.6 by hand, under a profiler on a CPU.
+two machines compare. Of a token's 7.3 ms the GPU is idle for 0.9, between graphs.
 """
 
 from .accelerate import FastHandle, accelerate

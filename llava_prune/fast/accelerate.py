@@ -130,6 +130,7 @@ class FastHandle:
         self.graphs.clear()
         self._packing.clear()
         self._buffers.clear()
+        self._check.forget()
         self._live = self._tables = self.arena = None
 
     # ---- one call of the decoder

@@ -14,11 +14,12 @@ for 6; and 470 us at the first pruner, 190 of them in its network, the rest in a
 settle which stay. So
 - `SideBySide`: on an H100 queries, keys and values take 41 us instead of three times 15.4, gate and up 70 (not tried
   apart there), a further token 6.8 ms instead of 7.1 to 7.4 (of other cards);
-- other attention for few rows: 12.6 us, no gain to speak of;
-- `stored`, keys rotated into the cache: still three kernels of 3.6 us, since their layouts differ; no gain;
+- FlashAttention-2 instead of cuDNN's for few rows: 12.6 us, no gain to speak of, taken back;
+- keys rotated into the cache: still three kernels, of 3.6 us, since their layouts differ; no gain, taken back;
 - decisions compiled, without a sort where places can be counted (`steps`): 300 us at the first pruner, on the H100;
 - hooks looked for where modules changed: 0.2 ms before the first graph.
-Together 9.65 ms to the first token, 0.58 of the stock model's in the same graphs, instead of 10.6 and 0.62.
+Together, before those two were taken back, 9.65 ms to the first token, 0.58 of the stock model's in the same graphs,
+instead of 10.6 and 0.62.
 """
 
 from __future__ import annotations
@@ -28,16 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..decoder_layer import PLAIN, Parts
-from .streams import MOST_ROWS, SideBySide
-
-# without cuDNN's, which for few rows spends more time on beginning than on attention
-OF_FEW_ROWS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+from ..decoder_layer import Parts
+from .streams import SideBySide
 
 
-def fused_parts(backend: Any = "inductor") -> Parts:
+def fused_parts(backend: Any = "inductor", products: Callable[..., list[Tensor]] | None = None) -> Parts:
     """`PLAIN`, each step compiled at its first call; sizes are symbols, so that few compilations serve all.
 
     Past torch's limit of compilations a process (8 a step, say of several models) steps run as they are.
@@ -51,21 +48,14 @@ def fused_parts(backend: Any = "inductor") -> Parts:
             compiled[function] = torch.compile(function, dynamic=True, backend=backend, options=options)
         return compiled[function]
 
-    products = SideBySide() if backend == "inductor" else PLAIN.products
+    products = products or SideBySide()
 
     def mlp(module: nn.Module, hidden: Tensor) -> Tensor:
         gate, up = products((module.gate_proj, module.up_proj), hidden)
         return module.down_proj(step(_gated)(module.act_fn, gate, up))
 
-    return Parts(step, products, _causal, mlp)
+    return Parts(step, products, mlp)
 
 
 def _gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     return activation(gate) * up
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    if query.shape[0] * query.shape[2] > MOST_ROWS:
-        return PLAIN.causal(query, key, value)
-    with sdpa_kernel(OF_FEW_ROWS):
-        return PLAIN.causal(query, key, value)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..decoder_layer import Parts, Tables, attend, finish, project, rotated, stored
+from ..decoder_layer import Parts, Tables, attend, finish, project, rotated
 from .arena import CacheView
 
 
@@ -19,9 +19,11 @@ def prompt_layer(layer: nn.Module, hidden: Tensor, tables: Tables, cache: CacheV
         tables: at each row's rotary position.
     """
     query, key, value = project(layer, hidden, parts)
-    keys, values = (states[:, :, : hidden.shape[1]] for states in (cache.keys, cache.values))
-    query = parts.step(stored)(query, key, value, *tables, keys, values)
-    return finish(layer, hidden, parts.causal(query, keys, values), parts)
+    query, key = parts.step(rotated)(query, key, *tables)
+    length = hidden.shape[1]
+    cache.keys[:, :, :length].copy_(key)
+    cache.values[:, :, :length].copy_(value)
+    return finish(layer, hidden, attend(query, key, value, is_causal=True), parts)
 
 
 def cached_layer(

@@ -133,6 +133,7 @@ class Stage:
         if scores.vision is not None:
             hidden = replace_rows(hidden, vision_index, alive, scores.vision)
         told = (scores.value, alive, counts, needed, vision_index, is_vision, source, valid)
-        of_prompt = (layout.vision_index, layout.vision_valid, layout.valid.shape[1], scores.logits is not None)
-        decided = step(settled)(*told, *self.decision.rule, *of_prompt)
-        return StageRows(hidden, source, valid, lengths, *decided, record.notes)
+        of_prompt = (layout.vision_index, layout.vision_valid, layout.valid.shape[1])
+        *decided, probability = step(settled)(*told, *self.decision.rule, *of_prompt)
+        probability = None if scores.logits is None else probability
+        return StageRows(hidden, source, valid, lengths, *decided, probability, record.notes)

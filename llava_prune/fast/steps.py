@@ -61,23 +61,19 @@ def settled(
     prompt_index: Tensor,
     prompt_valid: Tensor,
     prompt_rows: int,
-    learned: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The decision and, for the report, what it says of the prompt: in a graph that costs no launches.
 
     Args:
         prompt_index, prompt_valid: (B, N) the prompt's vision tokens, among `prompt_rows` rows.
-        learned: whether `value` is a keep probability.
 
     Returns:
-        keep, kept, vision_kept and probability of `StageRows`.
+        keep, kept and vision_kept of `StageRows`, and its probability if `value` is one.
     """
     chosen = selected(value, alive, counts, needed, threshold, min_keep, max_keep)
     keep = valid & (~is_vision | marked(vision_index, chosen, source.shape[1]))
     vision_kept = marked(source, keep, prompt_rows).gather(1, prompt_index) & prompt_valid
-    probability = None
-    if learned:
-        of_rows = placed(vision_index, value, alive, source.shape[1])
-        of_prompt = placed(source, of_rows, ~of_rows.isnan(), prompt_rows)
-        probability = of_prompt.gather(1, prompt_index).masked_fill(~prompt_valid, float("nan"))
+    of_rows = placed(vision_index, value, alive, source.shape[1])
+    of_prompt = placed(source, of_rows, ~of_rows.isnan(), prompt_rows)
+    probability = of_prompt.gather(1, prompt_index).masked_fill(~prompt_valid, float("nan"))
     return keep, keep.sum(-1), vision_kept, probability

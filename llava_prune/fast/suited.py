@@ -21,9 +21,13 @@ class DecoderCheck:
 
     def __init__(self, decoder: nn.Module):
         self.decoder = decoder
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold on to no module."""
         self._suited: list[nn.Module] = []
-        self._hooks: list[dict] = []
-        self._attributes: list[dict] = []
+        self._types: list[type] = []
+        self._attributes: list[dict[str, Any]] = []
 
     def __call__(self, own_hooks: set[int]) -> str | None:
         """The reason in words, or None.
@@ -34,11 +38,12 @@ class DecoderCheck:
         if self.decoder.training:
             return "the model is in training mode"
         modules = _modules(self.decoder)
-        if modules != self._suited or any(self._hooks) or any("_hf_hook" in own for own in self._attributes):
+        types = list(map(type, modules))
+        if modules != self._suited or types != self._types or any(map(_is_hooked, self._attributes)):
+            self.forget()
             if reason := _module_reason(self.decoder, own_hooks):
                 return reason
-            self._suited = modules
-            self._hooks = [h for module in modules for h in (module._forward_pre_hooks, module._forward_hooks)]
+            self._suited, self._types = modules, types
             self._attributes = [module.__dict__ for module in modules]
         return _config_reason(self.decoder.config)
 
@@ -50,6 +55,10 @@ def _modules(decoder: nn.Module) -> list[nn.Module]:
         parts = layer._modules
         found += (layer, *parts.values(), *parts["self_attn"]._modules.values(), *parts["mlp"]._modules.values())
     return found
+
+
+def _is_hooked(attributes: dict[str, Any]) -> bool:
+    return bool(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] or "_hf_hook" in attributes)
 
 
 def _module_reason(decoder: nn.Module, own_hooks: set[int]) -> str | None:
@@ -86,7 +95,7 @@ def device_reason(device: torch.device, emulate: bool) -> str | None:
     """Why a device can not replay graphs, or None."""
     if device.type != "cuda" and not emulate:
         return "there are no CUDA graphs on a CPU"
-    if not hasattr(torch.nn.attention, "SDPBackend") or "enable_gqa" not in (
+    if not hasattr(getattr(torch.nn, "attention", None), "SDPBackend") or "enable_gqa" not in (
         torch.nn.functional.scaled_dot_product_attention.__doc__ or ""
     ):
         return (
