@@ -5,7 +5,7 @@
 # processes under DeepSpeed ZeRO-2, evaluates, and prints what was gained. Minutes on two CPU cores, no download.
 #
 # The real recipe, in the shape of LLaVA's own finetune_task.sh:
-#   MODEL=liuhaotian/llava-v1.5-7b DATA=llava_v1_5_mix665k.json IMAGES=playground/data GPUS=8 ZERO=3 PRESET=avg128 \
+#   MODEL=liuhaotian/llava-v1.5-7b DATA=llava_v1_5_mix665k.json IMAGES=playground/data GPUS=8 ZERO=3 PRESET=best \
 #       bash scripts/train_prune.sh
 # ADAPT=DIR leaves the pruners in DIR as they are and trains LoRA to answer from what they keep, BASELINE=NAME from what
 # a training-free method keeps (with --prune_target_token_num N).
