@@ -12,8 +12,8 @@ Then a profile of preset `best` on an H200: 177 us a layer of 96 rows, 128 of th
 outputs in 14 us each (floor 7), one after the other; 14 us from the keys to the end of cuDNN's attention, which works
 for 6; and 470 us at the first pruner, 190 of them in its network, the rest in a hundred kernels that find tokens and
 settle which stay. So
-- `SideBySide`: on an H100 queries, keys and values take 41 us instead of three times 15.4, gate and up 70 (not tried
-  apart there), a further token 6.8 ms instead of 7.1 to 7.4 (of other cards);
+- `SideBySide`: on an H100 queries, keys and values take 41 us together, where the output projection, of the size of
+  each, takes 15.4; gate and up 70 (not tried apart there); a further token 6.8 ms, 7.1 to 7.4 before on other cards;
 - FlashAttention-2 instead of cuDNN's for few rows: 12.6 us, no gain to speak of, taken back;
 - keys rotated into the cache: still three kernels, of 3.6 us, since their layouts differ; no gain, taken back;
 - decisions compiled, without a sort where places can be counted (`steps`): 300 us at the first pruner, on the H100;
