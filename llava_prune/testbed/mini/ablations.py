@@ -30,7 +30,7 @@ ADAPTED = "adapted"
 # of a second training, on masks and every loss but guidance, that starts from the pruners of the main one
 SECOND = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-5, "target_warmup_ratio": 0.1}
 # of one from fresh pruners, which has further to go; with `--steps 1000`
-SCRATCH = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-3, "pruner_qk_norm": True}
+SCRATCH = {"guidance_only_ratio": 0.0, "guidance_weight": 0.0, "pruner_lr": 1e-3}
 
 
 def _second(flags: dict[str, Any] | None = None, **prune: Any) -> Variant:

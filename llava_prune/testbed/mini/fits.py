@@ -58,9 +58,8 @@ FITS = {
     "longer": Fit(steps=6000),
     "large_batch": Fit({"pruner_lr": 2e-3}, batch_size=256),
     "wider": Fit({"pruner_rank": 384, "pruner_dim": 512}),
-    "qk_norm": Fit({"pruner_qk_norm": True}),
-    # without the norm two seeds of three were lost
-    "no_question": Fit({"use_question": False, "pruner_qk_norm": True}),
+    "no_qk_norm": Fit({"pruner_qk_norm": False}),
+    "no_question": Fit({"use_question": False}),
     "attn_residual": Fit({"use_attn_residual": True}),
     "equal_shares": Fit({"layer_shares": [1, 1, 1, 1]}),
     "layers_1_8_16_24": Fit({"pruning_layers": [1, 8, 16, 24]}),
