@@ -22,10 +22,11 @@ from ..config import PruneConfig
 from ..fast import accelerate
 from ..flops import DecoderShape, kv_bytes
 from ..method import attach_method
-from ..patch import attach_pruners, prune_mode
+from ..patch import PruneHandle, attach_pruners, prune_mode
 from ..report import last_report, llm_flops
 from ..reporting.measure import Clock
 from ..scoring import LayerView, Scores
+from .decisions import keeping, share_otherwise
 from .floors import WARMUP, Rates
 from .inputs import random_batch
 
@@ -71,8 +72,10 @@ class Result:
         flops: of the decoder's layers and what decides, in one prefill of the batch.
         deciding: share of those FLOPs in what decides.
         cache_bytes: keys and values of the rows that the layers were given, of the batch.
-        difference: of the first token's logits to those of the plain hard path, relative to the largest; None where
+        otherwise: share of the tokens kept in graphs that the plain path dropped; None where nothing is decided, or
             this is the plain path.
+        difference: of the first token's logits to those of mode masked that keeps the same tokens, relative to
+            the largest; None where this is the plain path.
     """
 
     method: str
@@ -85,6 +88,7 @@ class Result:
     flops: float | None = None
     deciding: float | None = None
     cache_bytes: float | None = None
+    otherwise: float | None = None
     difference: float | None = None
 
 
@@ -181,16 +185,15 @@ def _run(
 ) -> Result:
     result = Result(method.name)
     try:
-        with method.attach(model):
-            plain = _first_logits(model, batch, {})
+        with method.attach(model) as handle:
             with accelerate(model, emulate=settings.emulate) if method.fast else nullcontext():
                 times = {}
                 for count in (1, scenario.new_tokens):
                     call = _call(model, batch, count, method.arguments)
                     times[count] = median(_after_tower_ms(model, call, settings.repeats))
-                if method.fast:
-                    found = _first_logits(model, batch, method.arguments)
-                    result.difference = float((found - plain).abs().max() / plain.abs().max())
+                found = _first_logits(model, batch, method.arguments) if method.fast else None
+            if found is not None:
+                _compare(model, batch, handle, found, result)
     except UnreachableBudget as error:
         result.reason = str(error)
         return result
@@ -199,6 +202,21 @@ def _run(
     result.token_ms = token_ms if token_ms > 0 else None  # less than the noise of few repeats on a busy machine
     _count(model, method, scenario, batch, rates, result)
     return result
+
+
+def _compare(
+    model: nn.Module, batch: dict[str, Any], handle: PruneHandle | None, found: torch.Tensor, result: Result
+) -> None:
+    """What was found in graphs with what the plain path finds after it."""
+    if handle is None:
+        plain = _first_logits(model, batch, {})
+    else:
+        kept = handle.state.record.kept
+        _first_logits(model, batch, {})
+        result.otherwise = share_otherwise(kept, handle.state.record.kept)
+        with keeping(handle, kept):
+            plain = _first_logits(model, batch, {})
+    result.difference = float((found - plain).abs().max() / plain.abs().max())
 
 
 def _call(model: nn.Module, batch: dict[str, Any], count: int, arguments: dict[str, Any]) -> Callable[[], Any]:

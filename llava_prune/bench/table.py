@@ -36,7 +36,8 @@ def print_scenario(scenario: Scenario, results: list[Result], console: Any) -> N
     for what in ("first token", "a further token"):
         for name in (f"{what}, ms", "of stock", "of best stock", "x floor"):
             table.add_column(name, justify="right")
-    table.add_column("difference", justify="right")
+    for name in ("otherwise", "difference"):
+        table.add_column(name, justify="right")
     stock = results[0]
     for result in results:
         if result.reason is not None:
@@ -49,6 +50,7 @@ def print_scenario(scenario: Scenario, results: list[Result], console: Any) -> N
             best = best_stock(results, f"{name}_ms")
             cells += [f"{time:.2f}", f"{time / getattr(stock, f'{name}_ms'):.3f}", f"{time / best:.3f}"]
             cells.append(f"{time / floor:.2f}")
+        cells.append("" if result.otherwise is None else f"{result.otherwise:.2%}")
         cells.append("" if result.difference is None else f"{result.difference:.1e}")
         table.add_row(result.method, *cells)
     console.print(table)
@@ -64,5 +66,6 @@ NOTES = (
     "x floor: over the larger of FLOPs / matrix rate and bytes / memory bandwidth, as measured above",
     "deciding: share of the FLOPs in pruners, or in what a baseline computes in the decoder",
     "removal alone: the same counts, of the first tokens: what it takes less is what the pruners take",
-    "difference: of the first token's logits to the same method outside graphs, relative to the largest",
+    "otherwise: share of the tokens kept that the same method drops outside graphs, where rounding decides",
+    "difference: of the first token's logits to mode masked with the same tokens, relative to the largest",
 )

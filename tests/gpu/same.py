@@ -1,10 +1,9 @@
 """The law on a GPU: what masked and hard must share, in any dtype and on any backend."""
 
-from contextlib import contextmanager
-
 import torch
 
 from llava_prune import last_report, prune_mode
+from llava_prune.bench.decisions import keeping
 from llava_prune.masks import keep_probability
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
@@ -20,14 +19,12 @@ def assert_keep_all_is_stock(model, handle, inputs, stock):
             assert torch.equal(logits[text], stock[text]), mode
 
 
-@contextmanager
-def decisions_of(handle, record):
-    """Within the block every pruner keeps what it kept then."""
-    for layer, kept in record.kept.items():
-        handle.layer_forwards[layer].select = lambda value, view, kept=kept: kept
-    yield
-    for layer in record.kept:
-        del handle.layer_forwards[layer].select
+def assert_decided_alike(plain, other, dtype):
+    """The first pruner, which sees the same on both paths, finds the same probabilities, up to the dtype."""
+    first = min(plain.probabilities, default=None)
+    if first is not None:
+        difference = (plain.probabilities[first] - other.probabilities[first]).abs().nan_to_num().max()
+        assert difference <= max(MARGIN[dtype], 1e-5), difference
 
 
 def assert_masked_equals_hard(model, handle, inputs, dtype, label):
@@ -49,7 +46,7 @@ def assert_masked_equals_hard(model, handle, inputs, dtype, label):
         assert (margin[others] <= MARGIN[dtype]).all(), (layer, margin[others].tolist())
         flipped |= others
     if flipped.any():
-        with decisions_of(handle, records["hard"]), prune_mode(model, "masked"):
+        with keeping(handle, records["hard"].kept):
             logits["masked"] = model(**inputs).logits.float()
     text = records["hard"].layout.text
     difference = (logits["masked"] - logits["hard"])[text].abs().max() / logits["masked"][text].abs().max()

@@ -32,6 +32,7 @@ def test_every_method_has_its_figures(tmp_path, capsys):
         assert row["first_ms"] > 0 and row["first_floor_ms"] > 0 and row["token_floor_ms"] > 0
         assert (row["difference"] is None) is not name.endswith("graphs")
         assert row["difference"] is None or row["difference"] < 1e-4
+        assert row["otherwise"] == (0 if name.endswith("graphs") and "stock" not in name else None)
         assert row["average_tokens"] == 576 if name.startswith("stock") else 60 <= row["average_tokens"] <= 64
     ours, stock = rows["ours, in graphs"], rows["stock"]
     assert ours["flops"] < stock["flops"] / 2

@@ -38,7 +38,7 @@ def load_smollm2() -> tuple[nn.Module, Any]:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise ImportError("the language model comes in a GGUF file: pip install gguf") from error
+        raise ImportError(f"the language model comes in a GGUF file: pip install gguf ({error})") from error
     path = fetch_file(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
