@@ -22,13 +22,18 @@ On testbed.mini, at 64 of 576 tokens, the base as it is keeps 89.5 % of what it 
 from __future__ import annotations
 
 import dataclasses
+import json
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import read_weights, write_atomically
 from .config import PruneConfig
 from .state import ForwardRecord
+
+BASELINE_FILE = "prune_baseline.json"
 
 
 def check_adaptation(config: PruneConfig, start: str | None, baseline: str | None, lora: bool) -> None:
@@ -51,6 +56,35 @@ def of_baseline(config: PruneConfig) -> PruneConfig:
         raise ValueError("--prune_baseline keeps a number of tokens: set target_token_num, not target_sparsity")
     exactly = config.with_budget(config.target_token_num)
     return dataclasses.replace(exactly, train_pruners=False, token_num_range=None, alignment="none")
+
+
+def save_baseline(directory: str | Path, name: str, average_tokens: float) -> None:
+    """Say beside an adapter which baseline it is adapted to, in `prune_baseline.json`."""
+    path = Path(directory) / BASELINE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"baseline": name, "average_tokens": average_tokens}) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def check_same_baseline(checkpoint: str | Path, name: str, average_tokens: float) -> None:
+    """Raises ValueError where a checkpoint was adapted to another baseline, or at another budget."""
+    path = Path(checkpoint) / BASELINE_FILE
+    written = json.loads(path.read_text()) if path.is_file() else {"baseline": "trained pruners"}
+    if written != {"baseline": name, "average_tokens": average_tokens}:
+        raise ValueError(
+            f"{checkpoint} is adapted to {written['baseline']} at {written.get('average_tokens', 'any number of')} "
+            f"tokens, not to {name} at {average_tokens:g}: use another output_dir, or remove the checkpoints"
+        )
+
+
+def check_same_pruners(checkpoint: str | Path, pruners: dict[str, Tensor]) -> None:
+    """Raises ValueError where a checkpoint was adapted to other pruners than those given, its weights by name."""
+    written = read_weights(checkpoint)
+    if any(not torch.equal(value, pruners[name].to("cpu", value.dtype)) for name, value in written.items()):
+        raise ValueError(
+            f"{checkpoint} is adapted to other pruners than those of prune_start: use another output_dir, or remove "
+            "the checkpoints"
+        )
 
 
 def drawn_budget(config: PruneConfig) -> float | None:

@@ -16,10 +16,18 @@ from torch import Tensor, nn
 from transformers import TrainerState, set_seed
 
 from . import compat
-from .adaptation import check_adaptation, drawn_budget, kept_metrics, without_adapters
+from .adaptation import (
+    check_adaptation,
+    check_same_baseline,
+    check_same_pruners,
+    drawn_budget,
+    kept_metrics,
+    save_baseline,
+    without_adapters,
+)
 from .adversary import Adversary
 from .baselines import attach_baseline
-from .checkpoint import read_description, read_weights, save_pruners, start_from
+from .checkpoint import pruner_state_dict, read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
 from .guards import check_guards
 from .guidance import guidance_of, guided_pass, lessons_of, mean_guidance
@@ -324,6 +332,8 @@ class PruneTrainerMixin:
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(self.args.output_dir)
+        if resume_from_checkpoint and not self.prune.train_pruners:
+            self._check_adapted_to_the_same(resume_from_checkpoint)
         finished = resume_from_checkpoint if self._is_finished(resume_from_checkpoint) else None
         if finished is None:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -336,6 +346,12 @@ class PruneTrainerMixin:
         # LLaVA's LoRA saving collects whatever is trainable; the pruners have a file of their own
         self.prune_handle.pruners.requires_grad_(False)
         return result
+
+    def _check_adapted_to_the_same(self, checkpoint: str) -> None:
+        if self.has_pruners:
+            check_same_pruners(checkpoint, pruner_state_dict(self.prune_handle))
+        else:
+            check_same_baseline(checkpoint, self.args.prune_baseline, self.prune.target_token_num)
 
     def _is_finished(self, checkpoint: str | None) -> bool:
         """Whether a checkpoint is of the last step and holds all that was trained."""
@@ -353,6 +369,8 @@ class PruneTrainerMixin:
     def _save_pruners(self, output_dir: str) -> None:
         if self.has_pruners:
             save_pruners(self.model, output_dir, write=self.args.should_save)
+        elif self.args.should_save:
+            save_baseline(output_dir, self.args.prune_baseline, self.prune.target_token_num)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         state_dict = self.model.state_dict() if state_dict is None else state_dict

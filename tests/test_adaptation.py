@@ -7,7 +7,7 @@ import torch
 from launch import train
 from law import randomise_pruners
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import batch_of, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
@@ -155,6 +155,12 @@ def test_lora_learns_to_answer_from_what_trained_pruners_keep(testbed, tmp_path)
     resumed = train(testbed, out, stage=3, steps=4, **flags, **checkpoints)
     assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
     assert resumed[2]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "prune_config.json").write_bytes((tmp_path / "guided/prune_config.json").read_bytes())
+    save_file({name: value + 0.1 for name, value in begun.items()}, others / "pruners.safetensors")
+    with pytest.raises(AssertionError, match="is adapted to other pruners than those of prune_start"):
+        train(testbed, out, processes=1, stage=3, steps=5, **{**flags, "prune_start": others}, **checkpoints)
 
 
 @pytest.mark.distributed
@@ -172,3 +178,6 @@ def test_lora_learns_to_answer_from_what_a_baseline_keeps(testbed, tmp_path, bas
     resumed = train(testbed, out, stage=2, steps=4, **flags, save_strategy="steps", save_steps=2)
     assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
     assert resumed[2]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)
+    with pytest.raises(AssertionError, match=rf"is adapted to {baseline} at 48.* tokens, not to {baseline} at 60"):
+        other = {**flags, "prune_target_token_num": 60}
+        train(testbed, out, processes=1, stage=2, steps=5, **other, save_strategy="steps", save_steps=2)
