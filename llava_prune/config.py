@@ -146,6 +146,9 @@ class PruneConfig:
     )
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if each.type.startswith(("int", "float")):
+                object.__setattr__(self, each.name, _number(each.name, each.type, getattr(self, each.name)))
         for name in ("pruning_layers", "disc_layers"):
             try:
                 value = tuple(int(layer) for layer in getattr(self, name))
@@ -362,6 +365,21 @@ class PruneConfig:
     def dumps(self) -> str:
         """The config as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _number(name: str, kind: str, value: Any) -> float | None:
+    """`value`, as a number where it is text: YAML takes 1e-5, without a dot, for text."""
+    if value is None and kind.endswith("None"):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+    if not kind.startswith("int"):
+        return number if isinstance(value, str) else value
+    if not number.is_integer():
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(number)
 
 
 def preset_names() -> list[str]:

@@ -65,6 +65,8 @@ def convert(source: str | Path, target: str | Path) -> None:
             "bash scripts/setup.sh hf"
         )
     source, target = Path(source), Path(target)
+    if source.resolve() == target.resolve():
+        raise ValueError(f"{target} is the checkpoint itself, which would be overwritten: give another --out")
     path = source / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {source}: --model takes a folder in LLaVA's format")
@@ -107,9 +109,10 @@ def _load_tower(name: str, source: Path) -> Any:
 def _read_weights(source: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
+    # pruners and adapters may lie beside the base
+    files = sorted(source.glob("model*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     if not files:
-        raise FileNotFoundError(f"no *.safetensors and no pytorch_model*.bin in {source}")
+        raise FileNotFoundError(f"no model*.safetensors and no pytorch_model*.bin in {source}")
     state: dict[str, Tensor] = {}
     for file in files:
         safe = file.suffix == ".safetensors"

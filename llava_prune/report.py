@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import compat
 from .flops import DecoderShape, decoder_flops, merger_flops, pruner_flops
 from .patch import PruneHandle, require_handle
+from .state import ForwardRecord
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ def last_report(model: nn.Module) -> Report:
             for layer, rows in record.probabilities.items()
         },
     )
+
+
+def computed_tokens(record: ForwardRecord, report: Report) -> Tensor:
+    """(B, num_layers) long, vision tokens that each decoder layer computed: mode masked removes none of them."""
+    if record.mode in ("origin", "hard"):
+        return report.tokens_per_layer
+    return record.layout.vision_counts[:, None].expand_as(report.tokens_per_layer)
 
 
 def llm_flops(handle: PruneHandle, report: Report, pruned: bool) -> Tensor:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> None:
     sys.argv = [program, *rest]
     with pruned_loading(partial(attach_as_asked, args), args.report):
         if program.endswith(".py"):
+            sys.path.insert(0, str(Path(program).resolve().parent))  # as python does
             runpy.run_path(program, run_name="__main__")
         else:
             runpy.run_module(program, run_name="__main__", alter_sys=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from .patch import require_handle
-from .report import last_report, llm_flops
+from .report import computed_tokens, last_report, llm_flops
 
 
 class Sidecar:
@@ -19,7 +20,7 @@ class Sidecar:
 
     Lines follow the order of the calls, and within a call that of its samples:
     `{"mode", "vision_tokens", "text_tokens", "tokens_per_layer", "average_tokens", "kept", "llm_flops", "seconds"}`;
-    `kept` maps a pruning layer to indices among the sample's vision tokens, `llm_flops` counts the prefill,
+    `kept` maps a pruning layer to indices among the sample's vision tokens, `llm_flops` counts the prefill as it ran,
     `seconds` is the call's wall time. A sample without image has `vision_tokens` 0.
 
     Args:
@@ -53,8 +54,9 @@ class Sidecar:
         if self.handle.state.record is None:
             return [{"mode": mode, "vision_tokens": 0, "seconds": seconds}] * batch
         report = last_report(self.model)
-        pruned = self.handle.state.record.mode != "origin"
-        flops = llm_flops(self.handle, report, pruned)
+        record = self.handle.state.record
+        computed = dataclasses.replace(report, tokens_per_layer=computed_tokens(record, report))
+        flops = llm_flops(self.handle, computed, record.mode != "origin")
         beams = max(1, len(report.average_tokens) // batch)
         return [
             {

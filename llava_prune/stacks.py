@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 STACKS = {"llava": "bash scripts/setup.sh", "hf": "bash scripts/setup.sh hf"}
+
+
+def installed_stack() -> str:
+    """By transformers' version as well: in LLaVA's checkout its folder would do for an installed package."""
+    old = int(version("transformers").split(".")[0]) < 5
+    return "llava" if old and importlib.util.find_spec("llava") is not None else "hf"
 
 
 def stack_of(model: Path | None, wanted: str | None) -> str:
@@ -20,7 +27,7 @@ def stack_of(model: Path | None, wanted: str | None) -> str:
         FileNotFoundError: neither `config.json` nor `adapter_config.json` in `model`.
         ValueError: the checkpoint is of the other stack than wanted, or its stack is not installed here.
     """
-    installed = "llava" if importlib.util.find_spec("llava") is not None else "hf"
+    installed = installed_stack()
     stack = wanted or installed
     if model is not None:
         path = model / "config.json"

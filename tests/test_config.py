@@ -33,6 +33,8 @@ from llava_prune.train import flag_fields, training_arguments_class
         ({"target_token_num": 200, "max_keep": 0}, "min_keep"),
         ({"target_token_num": 200, "final_masked_ratio": 2}, r"\[0, 1\]"),
         ({"target_token_num": 200, "pruner_lr": 0}, "positive"),
+        ({"target_token_num": 200, "pruner_lr": "fast"}, "pruner_lr must be a number, got 'fast'"),
+        ({"target_token_num": 200, "pruner_rank": 0.5}, "pruner_rank must be a whole number"),
         ({"target_token_num": 200, "selection": "topk", "layer_shares": (1, 2, 4)}, "none larger"),
         ({"target_token_num": 200, "selection": "topk", "layer_shares": (2, 1)}, "each of the 3 pruning layers"),
     ],
@@ -55,10 +57,13 @@ def test_unknown_key_names_the_nearest(tmp_path):
 
 
 def test_yaml_and_json_round_trip(tmp_path):
-    config = PruneConfig(target_sparsity=0.7, pruning_layers=(2, 4), max_keep=9)
+    config = PruneConfig(target_sparsity=0.7, pruning_layers=(2, 4), max_keep=9, pruner_lr=1e-5)
     file = tmp_path / "config.json"
     file.write_text(config.dumps())
     assert PruneConfig.load(file) == config == PruneConfig.from_dict(json.loads(config.dumps()))
+    file.write_text("target_token_num: 200\npruner_lr: 1e-5\nsparsity_weight: 1e3\nmax_keep: 9\n")  # text to YAML
+    read = PruneConfig.load(file)
+    assert (read.pruner_lr, read.sparsity_weight, read.max_keep) == (1e-5, 1000.0, 9)
 
 
 @pytest.mark.parametrize("name", ["default", "avg192", "avg128", "avg64", "best"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import batch_of, randomise_pruners, tiny_llava
 
-from llava_prune import PruneConfig, attach_pruners, detach_pruners, last_report, save_pruners
+from llava_prune import PruneConfig, attach_pruners, detach_pruners, last_report, prune_mode, save_pruners
 from llava_prune.method import attach_method
 from llava_prune.patch import find_handle
 from llava_prune.sidecar import Sidecar, read_sidecar
@@ -33,6 +33,18 @@ def test_pruners_come_with_mode_and_budget(tower_folder, tmp_path):
     with torch.no_grad():
         model(**batch_of([9], [1]))
     assert handle.state.mode == "masked" and 7 < last_report(model).average_tokens.item() <= 8
+
+
+def test_masked_mode_is_charged_for_what_it_only_hides(llava, tmp_path):
+    randomise_pruners(attach_pruners(llava, PruneConfig(pruning_layers=(0, 3), target_token_num=8, pruner_dim=16)))
+    inputs = batch_of([9], [1])
+    Sidecar(llava, tmp_path / "r.jsonl")
+    for mode in ("origin", "masked", "hard"):
+        with prune_mode(llava, mode):
+            llava.generate(inputs["input_ids"], images=inputs["images"], max_new_tokens=1, do_sample=False)
+    origin, masked, hard = read_sidecar(tmp_path / "r.jsonl")
+    assert masked["tokens_per_layer"] == hard["tokens_per_layer"] != origin["tokens_per_layer"]
+    assert hard["llm_flops"] < origin["llm_flops"] < masked["llm_flops"]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,15 @@ def test_unusable_pruners_are_named_before_anything_is_loaded(answered, tmp_path
     assert done.returncode != 0 and "prune_config.json" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_program_finds_what_lies_beside_it(tmp_path):
+    (tmp_path / "sibling.py").write_text("FOUND = 'beside it'\n")
+    (tmp_path / "program.py").write_text("import sibling, sys\nprint(sibling.FOUND, sys.argv[1:])\n")
+    arguments = ["run", "--mode", "origin", "-m", str(tmp_path / "program.py"), "--its", "own"]
+    command = [sys.executable, "-m", "llava_prune", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["beside it ['--its', 'own']"], done.stderr
+
+
 def test_cuda_and_half_become_cpu_and_float_only_within_the_block():
     x = torch.ones(2)
     with CudaToCpu():

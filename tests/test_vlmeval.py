@@ -68,3 +68,15 @@ def test_pruners_and_origin(llava_prune_class, testbed, pruners, tmp_path):
     assert "mode origin, 144.0 average tokens of 144.0 over 1 samples" in model.kept.summary()
     with pytest.raises(ValueError, match="needs pruners"):
         llava_prune_class(base)
+
+
+def test_every_process_has_a_report_of_its_own(llava_prune_class, testbed, tmp_path, monkeypatch):
+    report = tmp_path / "report.jsonl"
+    for rank, words in ((0, (8, 9)), (1, (8,))):
+        monkeypatch.setenv("RANK", str(rank))
+        model = llava_prune_class(
+            str(testbed / "llava-mosaic-tiny"), mode="origin", report=str(report), max_new_tokens=1
+        )
+        for word in words:
+            model.generate_inner(word)
+    assert len(read_sidecar(report)) == 2 and len(read_sidecar(tmp_path / "report.jsonl.rank1")) == 1

@@ -9,6 +9,7 @@ after `from llava_prune.integrations.vlmeval import LLaVAPrune`; then `run.py --
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vlmeval.vlm.llava import LLaVA
@@ -28,4 +29,4 @@ class LLaVAPrune(LLaVA):
     def __init__(self, model_path: str = "liuhaotian/llava-v1.5-7b", **keywords: Any):
         ours = take_arguments(keywords)
         super().__init__(model_path=model_path, **keywords)  # the rest is its generation config
-        self.kept = KeptTokens(self.model, ours)
+        self.kept = KeptTokens(self.model, ours, int(os.environ.get("RANK", 0)))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .. import compat
 from ..patch import PruneHandle, prune_mode
-from ..report import Report, last_report
+from ..report import Report, computed_tokens, last_report
 
 TIMES = ("first_token", "vision_tower", "prefill", "pruners", "decode_token")
 Batch = dict[str, Any]
@@ -113,13 +113,13 @@ def observe(handle: PruneHandle, mode: str, batch: Batch) -> Observation:
     try:
         with prune_mode(handle.model, mode):
             _generate(handle.model, batch, 1)
-            report = last_report(handle.model).cpu()
+            report = last_report(handle.model)
+            vision = computed_tokens(handle.state.record, report).cpu()
+            report = report.cpu()
     finally:
         for hook in hooks:
             hook.remove()
-    # masked mode removes nothing of what the decoder is given
-    vision = report.tokens_per_layer if mode == "hard" else report.tokens_per_layer[:, :1]
-    rows = (vision + report.text_tokens[:, None]).expand(-1, handle.num_layers)
+    rows = vision + report.text_tokens[:, None]
     return Observation(report, rows, seen["cache"], seen["images"], seen["rows"])
 
 

@@ -1,6 +1,7 @@
 """A converted checkpoint is the LLaVA checkpoint: same ids, pixels, kept tokens, logits and answers."""
 
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -13,6 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_prune import last_report, load_pruners, prune_mode
 from llava_prune.convert import build_tokenizer, convert, main
+from llava_prune.stacks import installed_stack
 from llava_prune.testbed.install import install_base
 
 REFERENCE = json.loads((FOLDER / "reference.json").read_text())
@@ -135,6 +137,17 @@ def test_what_can_not_be_converted_is_named(tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_source_is_not_written_over_and_pruners_beside_it_are_not_read(tmp_path, converted):
+    source = install_base(tmp_path)
+    before = (source / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is the checkpoint itself"):
+        convert(source, source / ".." / source.name)
+    assert (source / "model.safetensors").read_bytes() == before
+    shutil.copy(FOLDER / "pruners" / "pruners.safetensors", source)
+    convert(source, tmp_path / "hf")
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+
+
 def test_command_ends_with_a_message(tmp_path):
     with pytest.raises(SystemExit, match="no config.json"):
         main(["--model", str(tmp_path), "--out", str(tmp_path / "out")])
@@ -145,3 +158,9 @@ def test_origin_answers_are_stock(model, processor):
     stock = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
     with load_pruners(model, FOLDER / "pruners", mode="hard"), prune_mode(model, "origin"):
         assert torch.equal(model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS), stock)
+
+
+def test_a_checkout_of_llava_in_the_way_is_not_its_stack(tmp_path, monkeypatch):
+    (tmp_path / "llava").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_stack() == "hf"
