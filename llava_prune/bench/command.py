@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-static", dest="static", action="store_false", help="leave transformers' static cache out"
     )
+    parser.add_argument("--bucket", type=int, default=32, help="graphs round rows up to multiples of this")
     parser.add_argument("--batch_size", type=int, default=8, help="of training")
     parser.add_argument("--text_tokens", type=int, default=128, help="of training")
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -89,7 +90,7 @@ def _inference(model: Any, args: argparse.Namespace, console: Any, stack: str) -
     numbers = [int(part) - 1 for part in args.scenarios.split(",")] if args.scenarios else range(len(SCENARIOS))
     config = PruneConfig.load(args.prune_config or "avg64")
     # there is no static cache in 4.37, and 5.x compiles it on a GPU alone
-    settings = Settings(args.average_tokens, args.repeats, args.emulate, args.static and stack == "hf")
+    settings = Settings(args.average_tokens, args.repeats, args.emulate, args.static and stack == "hf", args.bucket)
     rates = measure_rates(weight.device, weight.dtype)
     print_rates(rates, console)
     found = {}

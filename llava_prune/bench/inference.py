@@ -101,12 +101,14 @@ class Settings:
         repeats: timed calls of each kind.
         emulate: run the graphs' code without graphs, on a CPU.
         static: also time the stock model with transformers' static cache, which it compiles on a GPU.
+        bucket: of the graphs, which round sizes up to multiples of it.
     """
 
     average_tokens: float
     repeats: int = 10
     emulate: bool = False
     static: bool = True
+    bucket: int = 32
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def _run(
     result = Result(method.name)
     try:
         with method.attach(model) as handle:
-            with accelerate(model, emulate=settings.emulate) if method.fast else nullcontext():
+            with accelerate(model, bucket=settings.bucket, emulate=settings.emulate) if method.fast else nullcontext():
                 times = {}
                 for count in (1, scenario.new_tokens):
                     call = _call(model, batch, count, method.arguments)

@@ -17,7 +17,19 @@ def test_every_method_has_its_figures(tmp_path, capsys):
     file, pruners = tmp_path / "bench.json", tmp_path / "small.yaml"
     # those of avg64 are made for a width of 4096, and cost as much as this decoder of width 64
     pruners.write_text("pruning_layers: [2, 8, 16]\ntarget_token_num: 64\npruner_rank: 16\npruner_dim: 16\n")
-    arguments = ["--shape", "tiny", "--emulate", "--device", "cpu", "--repeats", "1", "--scenarios", "1"]
+    arguments = [
+        "--shape",
+        "tiny",
+        "--emulate",
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+        "--scenarios",
+        "1",
+        "--bucket",
+        "16",
+    ]
     main(["bench", "inference", *arguments, "--prune_config", str(pruners), "--json", str(file)])
     printed = capsys.readouterr().out
     assert all(name in printed for name in METHODS)
