@@ -162,6 +162,40 @@ def test_baselines_and_budgets_are_handed_on(tmp_path):
     assert asked == "--mode masked --pruners out/p --average_tokens 96 llava-v1.5-7b-masked-p-96\n"
 
 
+def test_another_run_of_the_same_name_is_refused(tmp_path):
+    data, base = tmp_path / "eval data", ["MODEL=my models/llava", "PRUNERS=x/prune"]
+    for folder in ("my models/llava", "other models/llava", "x/prune", "y/prune"):
+        (tmp_path / folder).mkdir(parents=True)
+    name, keep = data / "results/llava-hard-prune", data / "results/llava-hard-prune/pope.json"
+
+    def begin(*settings, status=0, benchmark="gqa"):
+        program = f'source "{SCRIPTS}/common.sh"; begin {benchmark}'
+        command = ["bash", "-c", program, "pope.sh", f"EVAL={data}", *base, *settings]
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    begin()
+    keep.write_text("{}")
+    for same in ([], [f"MODEL={tmp_path}/my models/llava/", f"PRUNERS={tmp_path}/x/prune", "CHUNKS=2"]):
+        begin(*same)
+    for other in ("MODEL=other models/llava", "MODEL_BASE=lmsys/vicuna-7b-v1.5", "PRUNERS=y/prune", "CONV_MODE=v0"):
+        said = begin(other, benchmark="pope", status=2)
+        asked = other.replace("=y/", f"={tmp_path}/y/").replace("=other", f"={tmp_path}/other")
+        assert f"{name} is of another run" in said and f"Set another EVAL, or remove {name}" in said
+        there, asked_for = said.split("Asked for:")
+        assert f"PRUNERS={tmp_path}/x/prune\n" in there and f"\n{asked}\n" in asked_for and keep.exists()
+    # all.sh refuses before it clears what it will write
+    all_of = ["MODE=origin,hard", f"EVAL={data}", "MODEL=my models/llava", "PRUNERS=y/prune", "BENCHMARKS=pope"]
+    assert "is of another run" in finish(start("all.sh", tmp_path, *all_of), status=2) and keep.exists()
+    # what prunes is nothing to origin; and mosaic's model is not there when it first begins
+    begin("MODE=origin")
+    begin("MODE=origin", "PRUNERS=y/prune")
+    begin("MODEL=eval data/mosaic/tiny", "MODE=origin", benchmark="mosaic")
+    (data / "mosaic/tiny").mkdir(parents=True)
+    begin("MODEL=eval data/mosaic/tiny", "MODE=origin", benchmark="mosaic")
+
+
 def test_there_is_a_script_for_each_benchmark_and_all_of_them_are_valid():
     names = {script.stem for script in SCRIPTS.glob("*.sh")}
     assert names == {*NAMES, "mosaic", "all", "common"}

@@ -295,13 +295,27 @@ def test_gqa_with_and_without_its_program(tmp_path):
     playground.gqa(tmp_path)
     data, questions = tmp_path / "gqa/data", tmp_path / "gqa/llava_gqa_testdev_balanced.jsonl"
     source = answers_to(read_lines(questions), ["Red.", "blue", "red"], tmp_path / "merge.jsonl")
-    assert scorers.gqa(data, questions, source).value == 66.67
+    score = scorers.gqa(data, questions, source)
+    assert score.value == 66.67 and score.submission == tmp_path / "merge.predictions.json"
+    assert (data / "testdev_balanced_predictions.json").read_text() == score.submission.read_text()
     (data / "eval/eval.py").write_text("raise SystemExit('no such tier')")
     with pytest.raises(ValueError, match="no such tier"):
         scorers.gqa(data, questions, source)
     (data / "eval/eval.py").unlink()
-    score = scorers.gqa(data, questions, source)
-    assert score.value is None and score.submission == data / "testdev_balanced_predictions.json"
+    # what one run leaves for the server stays when another is scored
+    other = answers_to(read_lines(questions), ["blue"] * 3, tmp_path / "hard/merge.jsonl")
+    scores = [scorers.gqa(data, questions, file) for file in (source, other)]
+    assert [score.value for score in scores] == [None, None]
+    made = [[row["prediction"] for row in json.loads(score.submission.read_text())] for score in scores]
+    assert made == [["red", "blue", "red"], ["blue"] * 3]
+
+
+def test_mosaic_answers_are_split_at_newlines_alone(tmp_path):
+    truth, questions, source = (tmp_path / f"{name}.jsonl" for name in ("truth", "questions", "answers"))
+    write_lines(truth, [{"question_id": "a", "answer": "red", "kind": "color"}])
+    write_lines(questions, [playground.question("a", "a.png", "what?")])
+    source.write_text('{"question_id": "a", "prompt": "what?", "text": "red\u2028"}\n\n')
+    assert scorers.mosaic(truth, questions, source).value == 100
 
 
 # ---- the table

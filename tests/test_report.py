@@ -94,8 +94,9 @@ def test_measuring_leaves_no_hook_and_throws_the_warm_up_away(llava):
             assert (times["pruners"] == 0) if mode == "origin" else (0 < times["pruners"] < times["prefill"])
 
 
-def test_masked_mode_saves_no_flops_and_pays_for_pruners_on_every_token(llava):
-    handle = attach_pruners(llava, SETTINGS)
+@pytest.mark.parametrize("layers", [(1, 3, 4), (0, 3, 4)])
+def test_masked_mode_saves_no_flops_and_pays_for_pruners_on_every_token(llava, layers):
+    handle = attach_pruners(llava, replace(SETTINGS, pruning_layers=layers))
     randomise_pruners(handle)
     measured = measure(handle, ["masked", "hard", "origin"], [as_generate(batch_of([9], [1]))], 2, 0, 1)
     masked, hard, origin = (summarise(handle, mode, result)["flops"] for mode, result in measured.items())
@@ -281,6 +282,9 @@ def test_question_files_are_checked_line_by_line(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(map(json.dumps, [good, {**good, "image": "b.png"}, {"text": "no picture"}])))
     assert read_samples(path, tmp_path, 1)[0].question == "what?"
+    path.write_text('{"image": "a.png", "text": "two\u2028lines?"}\n')
+    assert read_samples(path, tmp_path, 1)[0].question == "two\u2028lines?"
+    path.write_text("\n".join(map(json.dumps, [good, {**good, "image": "b.png"}])))
     with pytest.raises(FileNotFoundError, match="question 2: no picture"):
         read_samples(path, tmp_path, 2)
     path.write_text("\n".join(map(json.dumps, [good, {"text": "no picture"}])))
@@ -288,6 +292,9 @@ def test_question_files_are_checked_line_by_line(tmp_path):
         read_samples(path, tmp_path, 2)
     with pytest.raises(ValueError, match="holds 2 questions, --number asks for 3"):
         read_samples(path, tmp_path, 3)
+    path.write_text('{"image": "a.png", "te')
+    with pytest.raises(ValueError, match="line 1, is not JSON"):
+        read_samples(path, tmp_path, 1)
 
 
 def test_layers_are_grouped_where_no_mode_changes():

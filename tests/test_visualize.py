@@ -18,6 +18,7 @@ from llava_prune.visualize.chat import LlavaChat
 from llava_prune.visualize.command import main
 from llava_prune.visualize.grid import Grid, Tower, square_grid
 from llava_prune.visualize.png import _drawings
+from llava_prune.visualize.recorded import build_parser, read_samples
 from llava_prune.visualize.sample import Sample
 
 PRUNERS = FOLDER / "pruners"
@@ -351,6 +352,40 @@ def test_the_recorded_form_of_the_command(tmp_path):
     (tmp_path / "report.jsonl").write_text(json.dumps({**lines[1], "mode": "origin", "kept": {}}))
     with pytest.raises(SystemExit, match="drops nothing"):
         main(words)
+
+
+def test_report_questions_and_answers_must_be_of_one_run(tmp_path):
+    pictures()[0].save(tmp_path / "x.png")
+    kept = {"mode": "hard", "vision_tokens": 144, "average_tokens": 60.0, "kept": {"1": [0, 80]}}
+    # a raw U+2028 is part of a JSON string, and blank lines are none
+    asked = [{"question_id": i, "image": "x.png", "text": f"what\u2028{i}?"} for i in range(4)]
+
+    def read(report, questions=asked, answers=None, end="\n\n"):
+        words = ["--question-file", "q.jsonl", "--report", "r.jsonl", "--image-folder", "."]
+        for name, rows in (("q", questions), ("r", report), ("a", answers or [])):
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + end)
+        words += ["--answers-file", "a.jsonl"] if answers else []
+        words = [str(tmp_path / word) if word[0] != "-" else word for word in words]
+        return read_samples(build_parser().parse_args(words))
+
+    chunk, merged = [kept] * 2, [{"question_id": i, **kept} for i in range(4)]
+    answers = [{"question_id": i, "text": f"no\u2028{i}"} for i in range(4)]
+    for sample, question, answer in zip(read(merged, answers=answers), asked, answers, strict=True):
+        assert sample.question == question["text"] and sample.answers == {"a": answer["text"]}
+    assert len(read(chunk, asked[2:])) == 2
+    nameless = [{"image": "x.png", "text": "what?"}] * 4
+    assert len(read(merged, nameless)) == len(read([kept] * 4, answers=answers)) == 4
+    for files, message in (
+        ((chunk,), r"r\.jsonl holds 2 lines, .*q\.jsonl 4 questions: give the merged file"),
+        ((merged, asked[:3]), r"r\.jsonl holds 4 lines, .*q\.jsonl 3 questions"),
+        ((merged, asked[::-1]), r"r\.jsonl, line 1, is of question 0, and that of .*q\.jsonl is 3: .* in its order"),
+        ((merged, asked, answers[:2]), r"a\.jsonl holds 2 lines"),
+        (([kept] * 4, asked, answers[::-1]), r"a\.jsonl, line 1, is of question 3"),
+        ((merged, [*asked[:3], {"text": "?"}]), r"q\.jsonl, question 4, has no image"),
+        ((merged, asked, None, "\n{"), r"r\.jsonl, line 5, is not JSON"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(*files)
 
 
 def test_a_tower_loses_the_rest_of_its_input():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import compat
+from ..evaluation.questions import read_lines
 
 IMAGE_MARK = "<image>"
 PICTURE_SIZE = (640, 480)  # of synthetic pictures, width and height
@@ -41,22 +41,21 @@ def read_samples(question_file: str | Path, image_folder: str | Path, number: in
 
     Raises:
         FileNotFoundError: the file or a picture is missing.
-        ValueError: a line is not JSON with `image` and `text`, or there are too few.
+        ValueError: a line is not JSON, one of the first lacks `image` or `text`, or there are too few.
     """
     from PIL import Image
 
     path, folder = Path(question_file), Path(image_folder)
     if not path.is_file():
         raise FileNotFoundError(f"no question file {path}: give LLaVA's JSON lines with question_id, image and text")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:number]
+    lines = read_lines(path)[:number]
     if len(lines) < number:
         raise ValueError(f"{path} holds {len(lines)} questions, --number asks for {number}")
     samples = []
-    for place, text in enumerate(lines, start=1):
+    for place, line in enumerate(lines, start=1):
         try:
-            line = json.loads(text)
             image, question = folder / line["image"], line["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path}, question {place}: expected JSON with image and text ({error!r})") from error
         if not image.is_file():
             raise FileNotFoundError(f"{path}, question {place}: no picture {image}; check --image-folder")

@@ -1,9 +1,9 @@
 """Marks an answers file written by LLaVA's `model_vqa_loader` or by this project's evaluation."""
 
-import json
 import os
 from collections import defaultdict
-from pathlib import Path
+
+from ..evaluation.questions import read_lines
 
 
 def score(answers: str | os.PathLike, truth: str | os.PathLike) -> dict:
@@ -19,7 +19,8 @@ def score(answers: str | os.PathLike, truth: str | os.PathLike) -> dict:
         {"accuracy": ..., "questions": ..., "kinds": {kind: accuracy}}, accuracies in [0, 1].
 
     Raises:
-        ValueError: `answers` misses a question, answers one twice, or answers one that `truth` does not hold.
+        ValueError: `answers` misses a question, answers one twice, or answers one that `truth` does not hold; or a
+            line is not JSON.
     """
     expected = _by_id(truth, ("answer", "kind"))
     given = _by_id(answers, ("text",))
@@ -47,15 +48,8 @@ def normalised(text: str) -> str:
 
 def _by_id(path: str | os.PathLike, fields: tuple[str, ...]) -> dict:
     lines = {}
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not text.strip():
-            continue
-        line = json.loads(text)
-        if lacking := [field for field in ("question_id", *fields) if field not in line]:
-            raise ValueError(f"{path}, line {number}, lacks {lacking}")
+    for line in read_lines(path, ("question_id", *fields)):
         if line["question_id"] in lines:
-            raise ValueError(
-                f"{path}, line {number}, repeats question_id {line['question_id']!r}: one line a question"
-            )
+            raise ValueError(f"{path} repeats question_id {line['question_id']!r}: one line a question")
         lines[line["question_id"]] = line
     return lines

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
-from ..sidecar import read_sidecar
+from ..evaluation.questions import read_lines
 from .png import draw_kept_tokens
 from .sample import Sample, recorded_sample
 
@@ -34,13 +34,26 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
     """The questions to draw.
 
     Raises:
-        ValueError: nothing was kept, since the run was not in hard mode, or a sample has no square grid.
+        ValueError: nothing was kept, since the run was not in hard mode; the files are not of the same questions; or a
+            sample has no square grid.
     """
-    questions = [json.loads(line) for line in args.question_file.read_text().splitlines()]
-    answers = {f.stem: [json.loads(line)["text"] for line in f.read_text().splitlines()] for f in args.answers_file}
-    lines = [(i, line) for i, line in enumerate(read_sidecar(args.report)) if line["vision_tokens"]]
+    report = read_lines(args.report, ("mode", "vision_tokens"))
+    lines = [(i, line) for i, line in enumerate(report) if line["vision_tokens"]]
     if any(line["mode"] == "origin" for _, line in lines):
         raise ValueError(f"{args.report} is of mode origin, which drops nothing: give that of a run in mode hard")
+    questions = read_lines(args.question_file, ("text",))
+    _check_questions(report, questions, args.report, args.question_file)
+    answers = {}
+    for file in args.answers_file:
+        answered = read_lines(file, ("text",))
+        _check_questions(answered, questions, file, args.question_file)
+        answers[file.stem] = [line["text"] for line in answered]
+    for i, _ in lines:
+        if "image" not in questions[i]:
+            raise ValueError(
+                f"{args.question_file}, question {i + 1}, has no image, and {args.report} has vision tokens of it: "
+                "give the questions of that run"
+            )
     return [
         recorded_sample(
             line,
@@ -50,3 +63,24 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
         )
         for i, line in lines[: args.number]
     ]
+
+
+def _check_questions(
+    lines: list[dict[str, Any]], questions: list[dict[str, Any]], path: Path, question_file: Path
+) -> None:
+    """Raises ValueError unless `lines` are as many as `questions`, with the same ids where both have one.
+
+    The report of a chunk has no ids, that of merged answers has.
+    """
+    if len(lines) != len(questions):
+        raise ValueError(
+            f"{path} holds {len(lines)} lines, {question_file} {len(questions)} questions: give the merged file of a "
+            "whole run, or of a chunk the questions of that chunk"
+        )
+    for number, (line, question) in enumerate(zip(lines, questions, strict=True), start=1):
+        given, asked = line.get("question_id"), question.get("question_id")
+        if None not in (given, asked) and given != asked:
+            raise ValueError(
+                f"{path}, line {number}, is of question {given!r}, and that of {question_file} is {asked!r}: give the "
+                "questions of that run, in its order"
+            )

@@ -8,6 +8,9 @@
 #   EVAL                  LLaVA's folder of benchmark data
 #   RESULTS               folder of its BENCHMARK.json, which all.sh makes its table of
 #   CUDA_VISIBLE_DEVICES  one process a GPU, each with a chunk of the questions
+#
+# A run's files are named after the last part of MODEL and PRUNERS; EVAL/results/NAME/settings.txt says of which they
+# are, and another run of that name is refused.
 set -euo pipefail
 
 SETTINGS="MODEL MODEL_BASE MODE PRUNERS BASELINE AVERAGE_TOKENS EVAL RESULTS CONV_MODE CHUNKS CUDA_VISIBLE_DEVICES BENCHMARKS TEST_QUESTIONS"
@@ -20,6 +23,8 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 EVAL=${EVAL:-./playground/data/eval}
 MODE=${MODE:-hard}
 MODEL=${MODEL:-}
+MODEL_BASE=${MODEL_BASE:-}
+DEFAULT_MODEL=liuhaotian/llava-v1.5-7b
 PRUNERS=${PRUNERS:-}
 BASELINE=${BASELINE:-}
 AVERAGE_TOKENS=${AVERAGE_TOKENS:-}
@@ -31,7 +36,8 @@ IFS=',' read -ra GPULIST <<< "$gpu_list"
 CHUNKS=${CHUNKS:-${#GPULIST[@]}}
 
 # the environment that is active, if it has LLaVA; else .venv
-if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llava") is None)' 2> /dev/null; then
+# in LLaVA's checkout its folder would pass for an installed package, so torch is asked for as well
+if ! python -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, ("torch", "llava")))' 2> /dev/null; then
     bash "$ROOT/scripts/setup.sh"
     export PATH=$ROOT/.venv/bin:$PATH
 fi
@@ -46,12 +52,39 @@ method_name() {
 run_name() {
     local method
     method=$(method_name "$1")
-    echo "$(basename "${MODEL:-llava-v1.5-7b}")-$1${method:+-$method}"
+    echo "$(basename "${MODEL:-$DEFAULT_MODEL}")-$1${method:+-$method}"
 }
 
+# a folder by its absolute path, also if it is still to be made, as mosaic's; a name on the hub, ORG/NAME, as it is
+absolute() {
+    if [[ -d $1 || $1 = */*/* ]]; then realpath -m -- "$1"; else echo "$1"; fi
+}
+
+# MODE -> what determines the answers of a run
+settings() {
+    echo "MODEL=$(absolute "${MODEL:-$DEFAULT_MODEL}")"
+    echo "MODEL_BASE=$(absolute "$MODEL_BASE")"
+    echo "CONV_MODE=$CONV_MODE"
+    echo "MODE=$1"
+    if [ "$1" != origin ]; then
+        echo "PRUNERS=${PRUNERS:+$(realpath -m -- "$PRUNERS")}"
+        echo "BASELINE=$BASELINE"
+        echo "AVERAGE_TOKENS=$AVERAGE_TOKENS"
+    fi
+}
+
+# check_mode MODE: stop here, before anything is overwritten, if MODE lacks what it needs or another run has its name
 check_mode() {
     [[ $1 = origin || -n $PRUNERS$BASELINE ]] || {
         echo "$0: MODE=$1 needs PRUNERS=DIR, or BASELINE=NAME AVERAGE_TOKENS=N; MODE=origin needs none" >&2; exit 2; }
+    local folder asked there
+    folder=$EVAL/results/$(run_name "$1")
+    asked=$(settings "$1")
+    [ -e "$folder/settings.txt" ] || return 0
+    there=$(< "$folder/settings.txt")
+    [ "$asked" = "$there" ] || {
+        printf '%s\n' "$0: $folder is of another run, and this one would overwrite its answers. There:" "$there" \
+            "Asked for:" "$asked" "Set another EVAL, or remove $folder" >&2; exit 2; }
 }
 
 # begin BENCHMARK: settle what runs, and forget what an earlier run of the same name found
@@ -59,7 +92,7 @@ begin() {
     check_mode "$MODE"
     BENCHMARK=$1
     MISSING=()
-    MODEL=${MODEL:-liuhaotian/llava-v1.5-7b}
+    MODEL=${MODEL:-$DEFAULT_MODEL}
     CKPT=$(run_name "$MODE")
     RESULTS=${RESULTS:-$EVAL/results/$CKPT}
     METHOD=(--mode "$MODE")
@@ -68,7 +101,10 @@ begin() {
         [ -z "$BASELINE" ] || METHOD+=(--baseline "$BASELINE")
         [ -z "$AVERAGE_TOKENS" ] || METHOD+=(--average_tokens "$AVERAGE_TOKENS")
     fi
-    mkdir -p "$RESULTS"
+    mkdir -p "$RESULTS" "$EVAL/results/$CKPT"
+    # renamed, as another benchmark of this run may be reading it
+    settings "$MODE" > "$EVAL/results/$CKPT/settings.txt.$$"
+    mv "$EVAL/results/$CKPT/settings.txt.$$" "$EVAL/results/$CKPT/settings.txt"
     rm -f "$RESULTS/$BENCHMARK.json" "$RESULTS/$BENCHMARK.missing"
 }
 
