@@ -373,6 +373,15 @@ def test_report_questions_and_answers_must_be_of_one_run(tmp_path):
     for sample, question, answer in zip(read(merged, answers=answers), asked, answers, strict=True):
         assert sample.question == question["text"] and sample.answers == {"a": answer["text"]}
     assert len(read(chunk, asked[2:])) == 2
+    for mode in ("origin", "hard"):
+        (tmp_path / mode).mkdir()
+        (tmp_path / mode / "merge.jsonl").write_text("\n".join(json.dumps({"text": mode}) for _ in range(4)))
+    words = ["--question-file", "q.jsonl", "--report", "r.jsonl", "--image-folder", "."]
+    words += ["--answers-file", "origin/merge.jsonl", "--answers-file", "hard/merge.jsonl"]
+    read(merged)
+    words = [str(tmp_path / word) if word[0] != "-" else word for word in words]
+    sample = read_samples(build_parser().parse_args(words))[0]
+    assert sample.answers == {str(tmp_path / mode / "merge"): mode for mode in ("origin", "hard")}
     nameless = [{"image": "x.png", "text": "what?"}] * 4
     assert len(read(merged, nameless)) == len(read([kept] * 4, answers=answers)) == 4
     for files, message in (

@@ -43,11 +43,12 @@ def read_samples(args: argparse.Namespace) -> list[Sample]:
         raise ValueError(f"{args.report} is of mode origin, which drops nothing: give that of a run in mode hard")
     questions = read_lines(args.question_file, ("text",))
     _check_questions(report, questions, args.report, args.question_file)
-    answers = {}
+    answers, stems = {}, [file.stem for file in args.answers_file]
     for file in args.answers_file:
         answered = read_lines(file, ("text",))
         _check_questions(answered, questions, file, args.question_file)
-        answers[file.stem] = [line["text"] for line in answered]
+        name = file.stem if stems.count(file.stem) == 1 else str(file.with_suffix(""))  # all merged ones are `merge`
+        answers[name] = [line["text"] for line in answered]
     for i, _ in lines:
         if "image" not in questions[i]:
             raise ValueError(
