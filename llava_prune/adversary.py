@@ -84,7 +84,8 @@ class Adversary:
             loss = loss + penalty * term
         (loss / accumulation).backward()
         metrics |= self._accuracies(real, fake, mask, weights)
-        self._correct.append((metrics["d_acc_real"] + metrics["d_acc_fake"]) / 2)
+        accuracy, count = (metrics["d_acc_real"] + metrics["d_acc_fake"]) / 2, weights.sum()
+        self._correct.append(torch.stack([accuracy * count, count]))
         return metrics
 
     @torch.no_grad()
@@ -105,22 +106,23 @@ class Adversary:
         Every rank must call this at the end of every accumulation window, also one whose samples had no image.
 
         Returns:
-            Whether a step was taken.
+            Whether a step was taken; none is where no rank had an image.
         """
         parameters = list(self.discriminator.parameters())
-        accuracy = torch.stack(self._correct).mean() if self._correct else torch.zeros((), device=parameters[0].device)
-        self._correct = []
+        none = torch.zeros(2, device=parameters[0].device)
         flat = torch.cat(
-            [accuracy[None]]
+            [torch.stack([none, *self._correct]).sum(0)]
             + [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
         )
+        self._correct = []
         if _world_size() > 1:
             dist.all_reduce(flat)
             flat /= _world_size()
-        if float(flat[0]) > self.config.disc_max_accuracy:
+        correct, samples = flat[:2].tolist()
+        if correct > self.config.disc_max_accuracy * samples or samples == 0:
             self.optimizer.zero_grad(set_to_none=True)
             return False
-        for parameter, gradient in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
+        for parameter, gradient in zip(parameters, flat[2:].split([p.numel() for p in parameters]), strict=True):
             parameter.grad = gradient.view_as(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -50,8 +50,8 @@ def announcing_prepare(
         ids, positions, mask, cache, embeds, numbered = original(
             input_ids, position_ids, given, past_key_values, numbers, images, image_sizes
         )
-        if embeds is None:  # a single token: a decode step
-            state.announced = None
+        if embeds is None:  # a single token: a decode step, in which nothing was encoded
+            state.announced = state.merger_questions = None
             return ids, positions, attention_mask, cache, None, labels
         valid = mask.bool()
         vision = valid & (numbered == IGNORE_INDEX)
@@ -82,9 +82,8 @@ def merging_hook(state: PruneState, merger: TokenMerger) -> Callable:
     """A forward pre-hook for the projector that merges its input in every mode but origin."""
 
     def merge(_projector: nn.Module, args: tuple) -> tuple | None:
-        questions = state.merger_questions
-        state.merger_questions = None
-        if questions is None:
+        questions, state.merger_questions = state.merger_questions, None
+        if questions is None or state.mode == "origin":  # what an interrupted call left
             return None
         # beam search of transformers up to 5.17 encodes the images of every beam
         questions = questions.repeat_interleave(len(args[0]) // len(questions), 0)

@@ -35,6 +35,7 @@ class ConversationDataset(Dataset):
         self.image_folder = Path(image_folder or "")
         self.processor = processor
         self.max_length = max_length
+        self.end = end_of_answers(processor)
 
     def __len__(self) -> int:
         return len(self.list_data_dict)
@@ -48,7 +49,7 @@ class ConversationDataset(Dataset):
                 question with other text than it asks it with.
         """
         sample = self.list_data_dict[index]
-        messages = as_messages(sample["conversations"])
+        messages = as_messages(sample["conversations"], self.end)
         text = self.processor.apply_chat_template(messages)
         images = [self._image(sample["image"])] if "image" in sample else None
         inputs = self.processor(text=text, images=images, return_tensors="pt")
@@ -82,12 +83,15 @@ class ConversationDataset(Dataset):
         whole, *prefixes = self.processor.tokenizer([text, *asked, *answered]).input_ids
         answers = torch.zeros(len(whole), dtype=torch.bool)
         for start, end in zip(prefixes[: len(turns)], prefixes[len(turns) :], strict=True):
-            if whole[: len(start)] != start or whole[: len(end)] != end:
+            stop = len(end)
+            if self.end:  # behind which the template goes on with a space
+                stop = end.index(self.processor.tokenizer.eos_token_id, len(start)) + 1
+            if whole[: len(start)] != start or whole[:stop] != end[:stop]:
                 raise ValueError(
                     f"sample {sample.get('id')!r}: this model's chat template or tokenizer writes a turn differently "
                     "once it is answered, so the answer can not be found; use a model whose template does not"
                 )
-            answers[len(start) : len(end)] = True
+            answers[len(start) : stop] = True
         labels = torch.full_like(ids, IGNORE_INDEX)
         is_text = ids != self.processor.image_token_id
         text_answers = answers[torch.tensor(whole) != self.processor.image_token_id]
@@ -95,11 +99,22 @@ class ConversationDataset(Dataset):
         return labels
 
 
-def as_messages(conversations: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """LLaVA's turns as chat messages, the image of a turn before its text."""
+def end_of_answers(processor: Any) -> str:
+    """What has to be added to an answer for the model to learn that it ends: nothing where the chat template does so.
+
+    The template of `llava-hf/llava-1.5-7b-hf` writes a space.
+    """
+    turns = as_messages([{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], "")
+    answered = processor.apply_chat_template(turns).rpartition("!")[2]
+    end = processor.tokenizer.eos_token or ""
+    return "" if end in answered else end
+
+
+def as_messages(conversations: list[dict[str, str]], end: str) -> list[dict[str, Any]]:
+    """LLaVA's turns as chat messages, the image of a turn before its text, `end` behind each answer."""
     messages = []
     for turn in conversations:
-        text = turn["value"].replace(IMAGE_MARK, "").strip()
+        text = turn["value"].replace(IMAGE_MARK, "").strip() + (end if ROLES[turn["from"]] == "assistant" else "")
         parts = [{"type": "image"}] * turn["value"].count(IMAGE_MARK)
         messages.append({"role": ROLES[turn["from"]], "content": [*parts, {"type": "text", "text": text}]})
     return messages

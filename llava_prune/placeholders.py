@@ -112,6 +112,22 @@ def shrinking_forward(original: Callable, shrinking: Shrinking) -> Callable:
     return forward
 
 
+def _whole_lengths(inputs: dict[str, Any], config: Any) -> dict[str, int]:
+    """Limits of a generation that count the prompt, by name, from the keywords or else the configuration.
+
+    Where new tokens are limited that limit counts; the host's defaults count no prompt.
+    """
+    found = {}
+    for whole, new, default in (("max_length", "max_new_tokens", 20), ("min_length", "min_new_tokens", 0)):
+        value = inputs.get(whole)
+        if value is None and inputs.get(new) is None and getattr(config, new, None) is None:
+            value = getattr(config, whole, None)
+            value = None if value == default else value
+        if value is not None:
+            found[whole] = value
+    return found
+
+
 def shrinking_generate(original: Callable, shrinking: Shrinking) -> Callable:
     """The model's `generate`, whose output starts with the prompt as it was given."""
 
@@ -126,9 +142,9 @@ def shrinking_generate(original: Callable, shrinking: Shrinking) -> Callable:
         if smaller is None:
             return original(*args, **kwargs)
         shrunk, inputs = smaller
-        for name in ("max_length", "min_length"):  # they count the prompt
-            if inputs.get(name) is not None:
-                inputs[name] -= call["input_ids"].shape[1] - shrunk.index.shape[1]
+        left_out = call["input_ids"].shape[1] - shrunk.index.shape[1]
+        config = inputs.get("generation_config") or shrinking.model.generation_config
+        inputs |= {name: value - left_out for name, value in _whole_lengths(inputs, config).items()}
         shrinking.state.inside_generate = True
         try:
             output = original(**inputs)

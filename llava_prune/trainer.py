@@ -51,12 +51,12 @@ class PruneTrainerMixin:
     Its training arguments carry `prune`, a `PruneConfig`, and may carry LLaVA's `lora_enable`.
     """
 
-    loss_is_scaled_for_ga = False  # transformers 5: the trainer divides by the accumulation steps
-
     def __init__(self, model: nn.Module, args: Any, **kwargs: Any):
         self.prune: PruneConfig = args.prune
         self.lora = bool(getattr(args, "lora_enable", False))
         _check_processes(args)
+        if self.prune.train_base and self.lora:
+            raise ValueError("prune_train_base and lora_enable: LoRA keeps the base as it is; give one of them")
         if not self.prune.train_pruners:
             check_adaptation(self.prune, args.prune_start, args.prune_baseline, self.lora)
         set_seed(args.seed)  # the host seeds later than the pruners are made
@@ -90,6 +90,7 @@ class PruneTrainerMixin:
         self._image_token = compat.image_token(model)
         with compat.as_model_with_adapters(model):
             super().__init__(model=model, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # transformers 5: the trainer divides by the accumulation steps
         self.adversary = None
         if self.prune.alignment == "gan":
             self.adversary = Adversary(
@@ -451,9 +452,9 @@ def _check_processes(args: Any) -> None:
 
 
 def _ratios_of_images(metrics: dict[str, float]) -> dict[str, float]:
-    """Averaged metrics with keep and target ratios of the batches that had an image, left out if none had."""
+    """Averaged metrics with ratios and accuracies of the batches that had an image, left out if none had."""
     share = metrics.pop("prune/with_image")
-    ratios = ("prune/keep_ratio", "prune/target_ratio", "prune/kept_share")
+    ratios = ("prune/keep_ratio", "prune/target_ratio", "prune/kept_share", "gan/d_acc")
     kept = {name: value for name, value in metrics.items() if share or not name.startswith(ratios)}
     return {name: value / share if name.startswith(ratios) else value for name, value in kept.items()}
 
@@ -466,6 +467,8 @@ def _set_trainable(model: nn.Module, pruners: nn.Module, config: PruneConfig, lo
         if getattr(model, "_require_grads_hook", None) is not None:
             # gradients through frozen layers before the first pruner would keep their activations for nothing
             model.disable_input_require_grads()
+    elif config.train_base and compat.find_llava(model) is None:
+        compat.vision_modules(model)[0].requires_grad_(False)  # as LLaVA does by itself
     for name, parameter in pruners.named_parameters():
         parameter.requires_grad_(flags[name] and config.train_pruners)
 

@@ -176,6 +176,26 @@ def test_a_discriminator_that_is_too_good_rests():
     assert not stepped[-1]
 
 
+def test_samples_without_an_image_say_nothing_of_how_good_it_is():
+    """Beside micro-batches of text alone it still rests, and of those alone it does not move."""
+    config = replace(CONFIG, disc_max_accuracy=0.9)
+    torch.manual_seed(0)
+    adversary = Adversary(6, 1, config, torch.device("cpu"))
+    real, fake = [torch.ones(3, 5, 6) * torch.arange(6)], [-torch.ones(3, 5, 6) * torch.arange(6)]
+    for _ in range(200):
+        adversary.accumulate(real, fake, MASK, torch.ones(3))
+        if not adversary.step():
+            break
+    before = deepcopy(adversary.discriminator.state_dict())
+    for weights in (torch.ones(3), torch.zeros(3)):
+        metrics = adversary.accumulate(real, fake, MASK, weights, 2)
+        assert metrics["d_acc_real"] == weights[0]
+    assert not adversary.step(), "it is right of every image"
+    adversary.accumulate(fake, real, MASK, torch.zeros(3))
+    assert not adversary.step(), "there is nothing to learn"
+    assert all(torch.equal(value, before[name]) for name, value in adversary.discriminator.state_dict().items())
+
+
 def test_state_survives_a_round_trip():
     first, second = (Adversary(6, 2, CONFIG, torch.device("cpu")) for _ in range(2))
     first.accumulate(features(0), features(1), MASK, torch.ones(3))

@@ -56,6 +56,20 @@ def test_merged_tokens_are_pruned_in_graphs(tower_folder):
             assert torch.equal(answer(model, inputs), expected)
 
 
+def test_a_call_in_inference_mode_leaves_what_later_calls_can_use(tower_folder):
+    """LLaVA's programs generate in inference mode, pipelines do not."""
+    model = tiny_llava(tower_folder, padding_side="left")
+    inputs = batch_of([9, 14, 8], [1, 0, 2], "left")
+    randomise_pruners(attach_pruners(model, settings()))
+    with prune_mode(model, "hard"):
+        expected = answer(model, inputs)
+        with accelerate(model, **SMALL) as fast:
+            for inference in (True, False, True):
+                with torch.inference_mode(inference):
+                    assert torch.equal(answer(model, inputs), expected)
+            assert len(fast.graphs) > 0
+
+
 def answer(model, inputs, **arguments):
     return generate(model, inputs, {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, **arguments})
 

@@ -81,6 +81,17 @@ def test_the_merger_fixes_the_tokens_of_an_image(llava):
     assert last_report(llava).vision_tokens.tolist() == [8, 0, 16, 8]
 
 
+def test_what_the_merger_was_told_and_did_not_use_merges_nothing_later(llava):
+    """A decode step by hand that still passes images encodes none."""
+    inputs = batch_of([9], [1])
+    stock = llava(**inputs).logits
+    attach_pruners(llava, settings(enable_token_merger=True, merger_tokens=8, merger_heads=4))
+    with torch.no_grad(), prune_mode(llava, "hard"):
+        cache = llava(**inputs, use_cache=True).past_key_values
+        llava(input_ids=torch.tensor([[5]]), images=inputs["images"], past_key_values=cache, use_cache=True)
+    assert torch.equal(logits(llava, "origin", inputs), stock)
+
+
 def test_min_and_max_keep_bound_every_pruning_layer(llava):
     randomise_pruners(attach_pruners(llava, settings(min_keep=3, max_keep=4, threshold=0.99)))
     logits(llava, "hard", batch_of([9, 14, 7, 11], [1, 1, 1, 1]))

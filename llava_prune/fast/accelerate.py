@@ -8,6 +8,8 @@ that was loaded anywhere can be accelerated, which an option of `attach_pruners`
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -140,14 +142,16 @@ class FastHandle:
         call = self._bind(args, kwargs)
         cache = compat.cache_of(call)
         if isinstance(cache, self._cache_class):
-            return self._decode(call, cache)
+            with _ordinary_tensors():
+                return self._decode(call, cache)
         prune = handle_of(self.decoder)
         if not self._begins_to_generate(call, cache, prune):
             return self._original(*args, **kwargs)
         if cache is not None and cache in self._replaced:
             raise ValueError(REFUSAL.format("fill a cache of yours, go on with the one that was returned, or"))
         reason = self._why_not(call, prune)
-        output = None if reason else self._prefill(call, prune)
+        with _ordinary_tensors():
+            output = None if reason else self._prefill(call, prune)
         if output is None:
             self._say(reason or "prompts are padded on the right, where the stock model would go on from the padding")
             return self._original(*args, **kwargs)
@@ -349,3 +353,10 @@ class FastHandle:
         if key not in self._buffers:
             self._buffers[key] = torch.empty_like(values, memory_format=torch.contiguous_format)
         return self._buffers[key].copy_(values)
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """What is made within can be written to later, also where the caller is in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_hf import batch_of, tiny
+from transformers import GenerationConfig
 
 from llava_prune import detach_pruners, last_report, prune_mode
 from llava_prune.baselines import METHODS, attach_baseline
@@ -92,6 +93,10 @@ def test_generation_is_that_of_the_whole_prompt_at_every_step(name):
         short = model.generate(**batch, max_length=batch["input_ids"].shape[1] + 2, do_sample=False)
         start = batch["input_ids"].shape[1]
         assert short.shape[1] == start + 2 and beams.shape == (4, start + 6)
+        how = GenerationConfig(max_length=start + 3, min_length=start + 3, do_sample=False)
+        assert model.generate(**batch, generation_config=how).shape[1] == start + 3
+        model.generation_config.max_length = start + 4
+        assert model.generate(**batch, min_length=start + 4, do_sample=False).shape[1] == start + 4
         assert torch.equal(beams[:, :start], batch["input_ids"].repeat_interleave(2, 0))
         for step in range(start, start + 6):
             mask = torch.nn.functional.pad(batch["attention_mask"], (0, step - start), value=1)

@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 
 from llava_prune import load_pruners, prune_mode
 from llava_prune.convert import convert
-from llava_prune.data_hf import Collator, ConversationDataset
+from llava_prune.data_hf import Collator, ConversationDataset, end_of_answers
 from llava_prune.reporting.samples import Sample
 from llava_prune.testbed.prepare import prepare
 from llava_prune.train_hf import arguments_class, make_trainer
@@ -119,6 +119,38 @@ def test_labels_are_the_answers_with_their_end(bed, processor):
         assert (item["input_ids"] == processor.image_token_id).sum() == 144
         turns = max(turns, len(answers))
     assert turns > 1, "no sample had several turns"
+
+
+HUB = (  # as of llava-hf/llava-1.5-7b-hf: an answer ends with a space
+    "{% for message in messages %}{{ message.role.upper() + ': ' }}"
+    "{% for part in message.content %}{% if part.type == 'image' %}{{ '<image>\n' }}{% else %}"
+    "{{ part.text + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def test_where_the_template_does_not_end_answers_they_are_taught_to(bed):
+    processor = AutoProcessor.from_pretrained(bed / "hf")
+    own, processor.chat_template = end_of_answers(processor), HUB
+    assert (own, end_of_answers(processor)) == ("", "</s>")
+    data = ConversationDataset(str(bed / "train.json"), str(bed), processor, 512)
+    for index in range(8):
+        item, sample = data[index], data.list_data_dict[index]
+        supervised = item["labels"][item["labels"] != -100]
+        said = processor.tokenizer.decode(supervised).split("</s>")
+        answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
+        assert [text.strip() for text in said] == [*answers, ""] and supervised[-1] == processor.tokenizer.eos_token_id
+
+
+def test_training_the_base_leaves_the_vision_tower_and_lora_leaves_the_base(bed, tmp_path):
+    words = ["--prune_config", "mosaic", "--model_name_or_path", bed / "hf", "--data_path", bed / "yes.json"]
+    words += ["--image_folder", bed, "--output_dir", tmp_path, "--prune_train_base", True]
+    trainer = make_trainer(list(map(str, words)))
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert any("language_model" in name for name in trained) and any("projector" in name for name in trained)
+    assert not any("vision_tower" in name for name in trained)
+    with pytest.raises(ValueError, match="LoRA keeps the base as it is"):
+        make_trainer(list(map(str, [*words, "--lora_enable", True])))
 
 
 def test_a_batch_without_pictures_carries_a_masked_blank_one(bed, processor):
