@@ -286,6 +286,18 @@ def trainer_of(bed, out, **flags):
     return make_trainer([part for name, value in settings.items() for part in (f"--{name}", str(value))])
 
 
+def test_accumulated_batches_are_one_batch(bed, tmp_path):
+    """The loss that is logged, and its gradient's norm."""
+    found = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        flags = {**QUIET, "prune_alignment": "none", "max_grad_norm": 1e9, "logging_steps": 1, **size}
+        trainer = trainer_of(bed, tmp_path, **flags)
+        trainer.train()
+        found.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 def test_evaluation_is_the_task_loss_of_what_is_kept(bed, tmp_path):
     trainer = trainer_of(bed, tmp_path)
     trainer.eval_dataset = torch.utils.data.Subset(trainer.train_dataset, range(4))
