@@ -69,18 +69,21 @@ def save_baseline(directory: str | Path, name: str, average_tokens: float) -> No
 def check_same_baseline(checkpoint: str | Path, name: str, average_tokens: float) -> None:
     """Raises ValueError where a checkpoint was adapted to another baseline, or at another budget."""
     path = Path(checkpoint) / BASELINE_FILE
-    written = json.loads(path.read_text()) if path.is_file() else {"baseline": "trained pruners"}
+    written = json.loads(path.read_text()) if path.is_file() else None
     if written != {"baseline": name, "average_tokens": average_tokens}:
+        there = f"to {written['baseline']} at {written['average_tokens']:g} tokens" if written else "to no baseline"
         raise ValueError(
-            f"{checkpoint} is adapted to {written['baseline']} at {written.get('average_tokens', 'any number of')} "
-            f"tokens, not to {name} at {average_tokens:g}: use another output_dir, or remove the checkpoints"
+            f"{checkpoint} is adapted {there}, not to {name} at {average_tokens:g}: use another output_dir, or remove "
+            "the checkpoints"
         )
 
 
 def check_same_pruners(checkpoint: str | Path, pruners: dict[str, Tensor]) -> None:
     """Raises ValueError where a checkpoint was adapted to other pruners than those given, its weights by name."""
     written = read_weights(checkpoint)
-    if any(not torch.equal(value, pruners[name].to("cpu", value.dtype)) for name, value in written.items()):
+    if written.keys() != pruners.keys() or any(
+        not torch.equal(value, pruners[name].to("cpu", value.dtype)) for name, value in written.items()
+    ):
         raise ValueError(
             f"{checkpoint} is adapted to other pruners than those of prune_start: use another output_dir, or remove "
             "the checkpoints"

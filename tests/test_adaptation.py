@@ -178,6 +178,6 @@ def test_lora_learns_to_answer_from_what_a_baseline_keeps(testbed, tmp_path, bas
     resumed = train(testbed, out, stage=2, steps=4, **flags, save_strategy="steps", save_steps=2)
     assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
     assert resumed[2]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)
-    with pytest.raises(AssertionError, match=rf"is adapted to {baseline} at 48.* tokens, not to {baseline} at 60"):
+    with pytest.raises(AssertionError, match=rf"is adapted to {baseline} at 48 tokens, not to {baseline} at 60"):
         other = {**flags, "prune_target_token_num": 60}
         train(testbed, out, processes=1, stage=2, steps=5, **other, save_strategy="steps", save_steps=2)
