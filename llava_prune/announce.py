@@ -7,6 +7,7 @@ any number of images, any resolution, truncation and both padding sides.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,17 @@ def announcing_prepare(
         return ids, positions, None if attention_mask is None else mask, cache, embeds, labels
 
     return prepare
+
+
+def forgetting_generate(original: Callable, state: PruneState) -> Callable:
+    """The bound `generate`, which does not prepare text alone: what a failed call left must not be taken for it."""
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        state.announced = None
+        return original(*args, **kwargs)
+
+    return generate
 
 
 def _question_vectors(

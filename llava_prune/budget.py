@@ -28,6 +28,16 @@ def average_of(counts: Sequence[int], tokens: int, layers: Sequence[int], num_la
 
 
 @lru_cache(maxsize=1024)
+def check_average(average_tokens: float, vision_tokens: int | None) -> None:
+    """Raises ValueError for a budget that is no number of tokens, or of more than an image has (None: not known)."""
+    if not 0 < average_tokens < float("inf"):
+        raise ValueError(f"average_tokens must be a positive number, got {average_tokens:g}")
+    if vision_tokens is not None and average_tokens > vision_tokens:
+        raise ValueError(
+            f"average_tokens {average_tokens:g} prunes nothing: an image has {vision_tokens} vision tokens here"
+        )
+
+
 def layer_counts(
     tokens: int,
     average: float,

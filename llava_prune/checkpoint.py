@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compat
+from .budget import check_average
 from .config import PruneConfig
 from .patch import PruneHandle, attach_pruners, check_mode, find_handle, require_handle, set_mode
 
@@ -132,7 +133,8 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no {CONFIG} in {directory}: give the output directory of a finished training")
     try:
         description = json.loads(path.read_text())
-        description["prune_config"], description["base_model"]  # noqa: B018 - both must be there
+        base = description["base_model"]
+        description["prune_config"], base["name"], base["hidden_size"], base["num_layers"]  # noqa: B018 - must be there
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again from where it was trained") from error
     version = description.get("format_version")
@@ -155,12 +157,14 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"no {WEIGHTS} in {directory}: give the output directory of a finished pruner training"
         )
+    advice = "copy it again from where it was trained, or train again"
     try:
-        return load_file(path)
+        weights = load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or damaged ({error}): copy it again from where it was trained, or train again"
-        ) from error
+        raise ValueError(f"{path} is truncated or damaged ({error}): {advice}") from error
+    if lost := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path} is damaged, since {lost[0]} is not finite: {advice}")
+    return weights
 
 
 def check_base(description: dict[str, Any], model: nn.Module, allow_other_base: bool) -> None:
@@ -210,6 +214,7 @@ def load_pruners(
     check_base(description, model, allow_other_base)
     config = PruneConfig.from_dict(description["prune_config"])
     if average_tokens is not None:
+        check_average(average_tokens, description.get("vision_tokens"))
         config = config.with_budget(average_tokens)
     handle = find_handle(model)
     attached_here = handle is None

@@ -167,7 +167,7 @@ class PruneConfig:
         if (self.target_token_num is None) == (self.target_sparsity is None):
             state = "neither is" if self.target_token_num is None else "both are"
             raise ValueError(f"set exactly one of target_token_num and target_sparsity ({state} set)")
-        if self.target_token_num is not None and self.target_token_num <= 0:
+        if self.target_token_num is not None and not 0 < self.target_token_num < float("inf"):
             raise ValueError(f"target_token_num must be positive, got {self.target_token_num}")
         if self.target_sparsity is not None and not 0 < self.target_sparsity < 1:
             raise ValueError(f"target_sparsity must lie in (0, 1), got {self.target_sparsity}")

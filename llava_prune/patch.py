@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compat
-from .announce import announcing_prepare, merging_hook
+from .announce import announcing_prepare, forgetting_generate, merging_hook
 from .announce_hf import announcing_forward, announcing_questions
 from .budget import layer_counts
 from .config import PruneConfig
@@ -132,6 +132,7 @@ class PruneHandle:
             prepare = llava.prepare_inputs_labels_for_multimodal
             announcing = announcing_prepare(prepare, llava, self.state, self.pruners.merger)
             self._bind(llava, "prepare_inputs_labels_for_multimodal", announcing)
+            self._bind(llava, "generate", forgetting_generate(llava.generate, self.state))
         hf = compat.find_hf_llava(self.model) if llava is None else None
         if hf is not None:
             self._bind(hf, "forward", announcing_forward(hf.forward, hf, self.state, self.vision_tokens))
@@ -206,6 +207,12 @@ class PruneHandle:
         raise ValueError(
             "a copy of this model would run the original's layers, by what is bound on it: call detach_pruners(model) "
             "first, and load the pruners on the copy"
+        )
+
+    def __reduce__(self) -> str:
+        raise ValueError(
+            "what is bound on this model can not be pickled: save the pruners with save_pruners(model, directory), "
+            "and the model after detach_pruners(model)"
         )
 
     def __enter__(self) -> PruneHandle:

@@ -27,6 +27,7 @@ from .cuda_to_cpu import CudaToCpu
 from .fast import accelerate
 from .method import attach_method, check_method
 from .sidecar import Sidecar
+from .stacks import STACKS, installed_stack
 from .state import MODES
 
 
@@ -54,13 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def pruned_loading(attach: Callable[[nn.Module], Any], report: str | None) -> Iterator[None]:
-    """Within the block, LLaVA's `load_pretrained_model` returns models on which `attach` was called."""
+def pruned_loading(attach: Callable[[nn.Module], Any], report: str | None) -> Iterator[list[nn.Module]]:
+    """Within the block, LLaVA's `load_pretrained_model` returns models on which `attach` was called: those given."""
     import torch
     from llava.model import builder
 
     original = builder.load_pretrained_model
     on_cpu = not torch.cuda.is_available()
+    loaded: list[nn.Module] = []
 
     def load_pretrained_model(*args: Any, **kwargs: Any) -> tuple:
         if on_cpu:
@@ -69,6 +71,7 @@ def pruned_loading(attach: Callable[[nn.Module], Any], report: str | None) -> It
         if on_cpu:
             model.float()
         attach(model)
+        loaded.append(model)
         if report:
             Sidecar(model, report)
         return tokenizer, model, image_processor, context_length
@@ -76,7 +79,7 @@ def pruned_loading(attach: Callable[[nn.Module], Any], report: str | None) -> It
     builder.load_pretrained_model = load_pretrained_model
     try:
         with CudaToCpu() if on_cpu else nullcontext():
-            yield
+            yield loaded
     finally:
         builder.load_pretrained_model = original
 
@@ -91,6 +94,16 @@ def attach_as_asked(args: argparse.Namespace, model: nn.Module) -> None:
         sys.exit(f"llava_prune: {error}")
 
 
+def _check_program(program: str, report: str | None) -> None:
+    """Raises ValueError for what would only be found wrong once a checkpoint is loaded."""
+    if installed_stack() != "llava":
+        raise ValueError(f"LLaVA is not installed in this environment: {STACKS['llava']} makes one")
+    if program.endswith(".py") and not Path(program).is_file():
+        raise ValueError(f"-m {program}: there is no such file")
+    if report and Path(report).is_dir():
+        raise ValueError(f"--report {report} is a folder: name a file")
+
+
 def main(argv: list[str]) -> None:
     """Run a program with pruners or a baseline; exits with a message when those can not be had."""
     args = build_parser().parse_args(argv)
@@ -98,6 +111,7 @@ def main(argv: list[str]) -> None:
         sys.exit("llava_prune: -m needs a module (llava.eval.model_vqa_loader) or a .py file")
     program, *rest = args.program
     try:
+        _check_program(program, args.report)
         check_method(args.pruners, args.baseline, args.mode, args.average_tokens)
         if args.pruners:
             read_description(args.pruners)
@@ -108,9 +122,14 @@ def main(argv: list[str]) -> None:
         # LLaVA's loader reads a module global in its workers, which only fork hands on
         multiprocessing.set_start_method("fork", force=True)
     sys.argv = [program, *rest]
-    with pruned_loading(partial(attach_as_asked, args), args.report):
+    with pruned_loading(partial(attach_as_asked, args), args.report) as loaded:
         if program.endswith(".py"):
             sys.path.insert(0, str(Path(program).resolve().parent))  # as python does
             runpy.run_path(program, run_name="__main__")
         else:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
+    if not loaded:
+        sys.exit(
+            f"llava_prune: {program} did not load a model by llava.model.builder.load_pretrained_model, so nothing "
+            "was attached to any: call load_pruners in it"
+        )

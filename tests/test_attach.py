@@ -1,5 +1,7 @@
 """Attaching pruners and taking them off again."""
 
+import io
+
 import pytest
 import torch
 from law import settings
@@ -36,6 +38,12 @@ def test_handle_is_a_context_and_attaching_twice_is_refused(llava):
     with attach_pruners(llava, settings()), pytest.raises(ValueError, match="detach_pruners"):
         attach_pruners(llava, settings())
     assert "forward" not in llava.get_model().layers[1].__dict__
+
+
+def test_what_is_bound_is_not_pickled(llava):
+    with attach_pruners(llava, settings()), pytest.raises(ValueError, match="save the pruners with save_pruners"):
+        torch.save(llava, io.BytesIO())
+    torch.save(llava, io.BytesIO())
 
 
 def test_a_second_model_is_left_alone(tower_folder, llava):

@@ -163,7 +163,7 @@ def test_detach_leaves_nothing(llava, name):
 def test_what_does_not_suit_is_refused(llava, tower_folder, tmp_path):
     with pytest.raises(ValueError, match="use one of random, uniform"):
         attach_baseline(llava, "fastV", average_tokens=9)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be a positive number"):
         attach_baseline(llava, "fastv", average_tokens=0)
     with pytest.raises(ValueError, match="at least 1"):
         attach_baseline(llava, "fastv", average_tokens=9, layer=0)

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load, save_file
 from tiny import batch_of, randomise_pruners, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, last_report, load_pruners, prune_mode, save_pruners
+from llava_prune.baselines import attach_baseline
 from llava_prune.checkpoint import CONFIG, WEIGHTS
 from llava_prune.patch import find_handle
 
@@ -81,6 +83,11 @@ def test_missing_and_damaged_files(saved, llava, tmp_path):
     (saved / WEIGHTS).write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ValueError, match="truncated"):
         load_pruners(llava, saved)
+    broken = load(weights)
+    next(iter(broken.values())).fill_(torch.nan)
+    save_file(broken, saved / WEIGHTS)
+    with pytest.raises(ValueError, match="damaged, since .* is not finite"):
+        load_pruners(llava, saved)
     (saved / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=WEIGHTS):
         load_pruners(llava, saved)
@@ -106,6 +113,17 @@ def test_pruners_from_before_there_was_a_norm_are_read_without_one(llava, tmp_pa
     del description["prune_config"]["pruner_qk_norm"]
     (tmp_path / CONFIG).write_text(json.dumps(description))
     assert load_pruners(llava, tmp_path).config == config
+
+
+@pytest.mark.parametrize(
+    "average,message", [(float("inf"), "positive number"), (float("nan"), "positive number"), (17, "prunes nothing")]
+)
+def test_budgets_that_are_none_are_refused(saved, llava, average, message):
+    with pytest.raises(ValueError, match=message):
+        load_pruners(llava, saved, average_tokens=average)
+    with pytest.raises(ValueError, match=message):
+        attach_baseline(llava, "uniform", average)
+    assert find_handle(llava) is None
 
 
 def test_an_unknown_mode_attaches_nothing(saved, llava):

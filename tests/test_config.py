@@ -33,6 +33,7 @@ from llava_prune.train import flag_fields, training_arguments_class
         ({"target_token_num": 200, "max_keep": 0}, "min_keep"),
         ({"target_token_num": 200, "final_masked_ratio": 2}, r"\[0, 1\]"),
         ({"target_token_num": 200, "pruner_lr": 0}, "positive"),
+        ({"target_token_num": float("inf")}, "target_token_num must be positive"),
         ({"target_token_num": 200, "pruner_lr": "fast"}, "pruner_lr must be a number, got 'fast'"),
         ({"target_token_num": 200, "pruner_rank": 0.5}, "pruner_rank must be a whole number"),
         ({"target_token_num": 200, "selection": "topk", "layer_shares": (1, 2, 4)}, "none larger"),

@@ -92,6 +92,18 @@ def test_what_the_merger_was_told_and_did_not_use_merges_nothing_later(llava):
     assert torch.equal(logits(llava, "origin", inputs), stock)
 
 
+def test_what_a_failed_call_left_is_not_taken_by_text_alone(llava):
+    inputs = batch_of([9], [1])
+    text = {"inputs": torch.arange(5, 30)[None] % 60, "max_new_tokens": 3, "do_sample": False}  # as long as the other
+    stock = llava.generate(**text)
+    randomise_pruners(attach_pruners(llava, settings()))
+    for mode in ("origin", "hard"):
+        with prune_mode(llava, mode):
+            with pytest.raises(ValueError, match="bogus"):
+                llava.generate(inputs["input_ids"], images=inputs["images"], bogus=1)
+            assert torch.equal(llava.generate(**text), stock)
+
+
 def test_min_and_max_keep_bound_every_pruning_layer(llava):
     randomise_pruners(attach_pruners(llava, settings(min_keep=3, max_keep=4, threshold=0.99)))
     logits(llava, "hard", batch_of([9, 14, 7, 11], [1, 1, 1, 1]))

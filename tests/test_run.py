@@ -12,6 +12,7 @@ from tiny import randomise_pruners
 
 from llava_prune import PruneConfig, attach_pruners, save_pruners
 from llava_prune.cuda_to_cpu import CudaToCpu
+from llava_prune.run import main as run
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3, 5), target_token_num=41, pruner_dim=16, pruner_heads=4)
 
@@ -115,6 +116,16 @@ def test_a_program_finds_what_lies_beside_it(tmp_path):
     command = [sys.executable, "-m", "llava_prune", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["beside it ['--its', 'own']"], done.stderr
+    assert done.returncode and "so nothing was attached to any" in done.stderr, "it loads no model"
+
+
+def test_what_can_not_run_is_said_before_anything_is_loaded(tmp_path):
+    for words, message in (
+        (["-m", str(tmp_path / "none.py")], "there is no such file"),
+        (["--report", str(tmp_path), "-m", "llava.eval.run_llava"], "is a folder: name a file"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(["--mode", "origin", *words])
 
 
 def test_cuda_and_half_become_cpu_and_float_only_within_the_block():

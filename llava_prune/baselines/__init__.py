@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..budget import check_average
 from ..patch import find_handle, set_mode
 from .divprune import DivPrune
 from .fastv import FastV
@@ -55,9 +56,9 @@ def attach_baseline(
         raise ValueError(f"no baseline {name!r}: use one of {', '.join(METHODS)}")
     if find_handle(model) is not None:
         raise ValueError("this model has pruners or a baseline already: call detach_pruners(model) first")
-    if average_tokens <= 0:
-        raise ValueError(f"average_tokens must be positive, got {average_tokens:g}")
+    check_average(average_tokens, None)
     handle = BaselineHandle(model, METHODS[name], average_tokens, **settings)
+    check_average(average_tokens, handle.vision_tokens)
     handle._attach()
     try:
         set_mode(model, mode)

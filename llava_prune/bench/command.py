@@ -87,7 +87,7 @@ def _inference(model: Any, args: argparse.Namespace, console: Any, stack: str) -
     from .table import NOTES, print_rates, print_scenario
 
     weight = model.get_input_embeddings().weight
-    numbers = [int(part) - 1 for part in args.scenarios.split(",")] if args.scenarios else range(len(SCENARIOS))
+    numbers = _numbers(args.scenarios, len(SCENARIOS))
     config = PruneConfig.load(args.prune_config or "avg64")
     # there is no static cache in 4.37, and 5.x compiles it on a GPU alone
     settings = Settings(args.average_tokens, args.repeats, args.emulate, args.static and stack == "hf", args.bucket)
@@ -101,6 +101,15 @@ def _inference(model: Any, args: argparse.Namespace, console: Any, stack: str) -
     for line in NOTES:
         console.print(line, style="dim")
     return {"rates": dataclasses.asdict(rates), "scenarios": found}
+
+
+def _numbers(text: str | None, count: int) -> list[int]:
+    """Scenarios counted from 0; all of them without `text`."""
+    known = [str(number) for number in range(1, count + 1)]
+    asked = known if text is None else text.split(",")
+    if wrong := [part for part in asked if part not in known]:
+        raise ValueError(f"--scenarios {wrong[0]!r}: name some of {','.join(known)}")
+    return [int(part) - 1 for part in asked]
 
 
 def _training(model: Any, args: argparse.Namespace, console: Any, stack: str) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def test_every_method_has_its_figures(tmp_path, capsys):
 def test_a_cpu_needs_to_be_told(capsys):
     with pytest.raises(SystemExit, match="add --emulate"):
         main(["bench", "inference", "--device", "cpu", "--shape", "tiny"])
+    with pytest.raises(SystemExit, match="--scenarios '0': name some of 1,2,3"):
+        main(["bench", "inference", "--device", "cpu", "--shape", "tiny", "--emulate", "--scenarios", "0"])
 
 
 def test_a_step_of_training_is_taken_apart(tmp_path, capsys):
