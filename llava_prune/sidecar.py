@@ -44,7 +44,9 @@ class Sidecar:
         output = self._generate(*args, **kwargs)
         _synchronise()
         seconds = time.perf_counter() - start
-        batch = len(output if isinstance(output, torch.Tensor) else output.sequences)
+        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        # several sequences may be returned of each sample
+        batch = len(given if given is not None else output if isinstance(output, torch.Tensor) else output.sequences)
         with self.path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in self._lines(batch, seconds))
         return output
@@ -57,7 +59,7 @@ class Sidecar:
         record = self.handle.state.record
         computed = dataclasses.replace(report, tokens_per_layer=computed_tokens(record, report))
         flops = llm_flops(self.handle, computed, record.mode != "origin")
-        beams = max(1, len(report.average_tokens) // batch)
+        copies = max(1, len(report.average_tokens) // batch)  # of each sample, in beam search and sampling
         return [
             {
                 "mode": mode,
@@ -69,7 +71,7 @@ class Sidecar:
                 "llm_flops": float(flops[row]),
                 "seconds": seconds,
             }
-            for row in range(0, batch * beams, beams)
+            for row in range(0, batch * copies, copies)
         ]
 
 

@@ -48,6 +48,18 @@ def test_masked_mode_is_charged_for_what_it_only_hides(llava, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "how", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}]
+)
+def test_a_sample_has_one_line_however_many_sequences_are_returned(llava, tmp_path, how):
+    randomise_pruners(attach_pruners(llava, PruneConfig(pruning_layers=(1, 3), target_token_num=8, pruner_dim=16)))
+    inputs = batch_of([9, 9], [1, 2])
+    Sidecar(llava, tmp_path / "r.jsonl")
+    for _ in range(2):
+        llava.generate(inputs["input_ids"], images=inputs["images"], max_new_tokens=2, **how)
+    assert [line["vision_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16, 32] * 2
+
+
+@pytest.mark.parametrize(
     "arguments,message",
     [
         ({"mode": "hard"}, "mode 'hard' needs pruners"),
