@@ -205,8 +205,9 @@ def load_pruners(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: average_tokens is under its floor, a file is damaged, the base model differs, weights do not match,
-            or pruners of another configuration (or budget) are attached. The model is left as it was.
+        ValueError: average_tokens is under its floor or more than an image has, a file is damaged, the base model
+            differs, weights do not match, or pruners of another configuration (or budget) are attached. The model is
+            left as it was.
     """
     check_mode(mode)
     description = read_description(directory)

@@ -49,8 +49,8 @@ def attach_baseline(
         A handle with `.remove()`, also usable as `with attach_baseline(...):`.
 
     Raises:
-        ValueError: no such method, the budget is under the method's floor, the model does not suit the method, or
-            something is attached already.
+        ValueError: no such method, the budget is under the method's floor or more than an image has, the model does
+            not suit the method, or something is attached already.
     """
     if name not in METHODS:
         raise ValueError(f"no baseline {name!r}: use one of {', '.join(METHODS)}")
