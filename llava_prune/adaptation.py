@@ -36,8 +36,16 @@ from .state import ForwardRecord
 BASELINE_FILE = "prune_baseline.json"
 
 
-def check_adaptation(config: PruneConfig, start: str | None, baseline: str | None, lora: bool) -> None:
-    """Raises ValueError where nothing is there that keeps tokens, or more than one thing, or nothing else learns."""
+def check_what_learns(config: PruneConfig, start: str | None, baseline: str | None, lora: bool) -> None:
+    """Raises ValueError where nothing would teach what is to learn, or there is not one thing that keeps tokens."""
+    if config.train_pruners:
+        if config.guidance_only_ratio == 1 and (lora or config.train_base):
+            raise ValueError(
+                "guidance_only_ratio 1 teaches pruners and nothing else, so LoRA or the base would not learn: train "
+                "the pruners without, then adapt to them with --prune_start DIR --prune_train_pruners False "
+                "(ADAPT=DIR of train_prune.sh)"
+            )
+        return
     if start is not None and baseline is not None:
         raise ValueError("give --prune_start DIR or --prune_baseline NAME, not both")
     if start is None and baseline is None:

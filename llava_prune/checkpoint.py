@@ -167,8 +167,17 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def check_base(description: dict[str, Any], model: nn.Module, allow_other_base: bool) -> None:
-    """Raises ValueError when pruners were trained on another base model than `model`."""
+def check_base(
+    description: dict[str, Any],
+    model: nn.Module,
+    allow_other_base: bool,
+    advice: str = "pass allow_other_base=True (--allow_other_base)",
+) -> None:
+    """Raises ValueError when pruners were trained on another base model than `model`.
+
+    Args:
+        advice: what to do where it is the same base under another name.
+    """
     trained, here = description["base_model"], base_identity(model)
     for key, what in (("hidden_size", "hidden size"), ("num_layers", "decoder layers")):
         if trained[key] != here[key]:
@@ -180,8 +189,7 @@ def check_base(description: dict[str, Any], model: nn.Module, allow_other_base: 
     if all(names) and names[0] != names[1] and not allow_other_base:
         raise ValueError(
             f"these pruners were trained on {trained['name']!r}, this model is {here['name']!r}: pruners fit only the "
-            "weights they were trained on. If it is the same model under another name, pass allow_other_base=True "
-            "(--allow_other_base)"
+            f"weights they were trained on. If it is the same model under another name, {advice}"
         )
 
 
@@ -248,7 +256,7 @@ def start_from(model: nn.Module, directory: str | Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: as `load_pruners`, or pruners of other layers or sizes than those attached.
     """
     description, weights = read_description(directory), read_weights(directory)
-    check_base(description, model, allow_other_base=False)
+    check_base(description, model, False, advice="give its folder that name")
     handle, theirs = require_handle(model), PruneConfig.from_dict(description["prune_config"])
     differing = [name for name in SHAPING if getattr(theirs, name) != getattr(handle.config, name)]
     if differing:

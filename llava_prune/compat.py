@@ -189,7 +189,9 @@ def execution_device(layer: nn.Module) -> torch.device:
 
 def on_device(call: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A layer call's arguments on the layer's device, as accelerate's own hook, which runs later, would move them."""
-    if call["hidden_states"].device == device:
+    # rotary tables are made where the decoder's rotary module is, which may be where its last layers are
+    tables = call.get("position_embeddings") or ()
+    if all(value.device == device for value in (call["hidden_states"], *tables)):
         return call
     return {name: _moved(value, device) for name, value in call.items()}
 

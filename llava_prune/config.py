@@ -309,6 +309,14 @@ class PruneConfig:
             least = target if self.train_pruners else min([target, *(self.token_num_range or ())])
             layer_counts(vision_tokens, least, self.pruning_layers, num_layers, self.layer_shares, self.min_keep)
 
+    def check_prunes(self, vision_tokens: int) -> None:
+        """Raises ValueError when the target leaves nothing to prune."""
+        if self.target_token_num is not None and self.target_token_num >= vision_tokens:
+            raise ValueError(
+                f"target_token_num {self.target_token_num:g} leaves nothing to prune of {vision_tokens} vision "
+                "tokens: set fewer"
+            )
+
     # ---- reading and writing
 
     @classmethod

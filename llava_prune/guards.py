@@ -29,7 +29,10 @@ def check_guards(config: PruneConfig, history: list[dict[str, Any]], num_layers:
         TrainingCollapsed: with what to change.
     """
     patience = config.guard_patience
-    advice = f"; the last checkpoint in {output_dir} is from before this message"
+    advice = (
+        f"; the last checkpoint in {output_dir} is from before this message. With other settings train into another "
+        "output_dir, anew or from a checkpoint's pruners (--prune_start)"
+    )
     _check_finite(history, patience, advice)
     entries = [entry for entry in history if TASK in entry]
     if len(entries) < 2 * patience:

@@ -12,7 +12,7 @@ import dataclasses
 import os
 from typing import Any
 
-from .adaptation import check_adaptation, of_baseline
+from .adaptation import check_what_learns, of_baseline
 from .config import PruneConfig
 
 _FLAG_TYPES: dict[str, Any] = {
@@ -157,9 +157,8 @@ def check_before_loading(module: Any) -> None:
     training_args.prune.check_layers(base.num_hidden_layers)
     if training_args.prune.alignment in ("gan", "mse", "mean_var"):
         training_args.prune.disc_layer_indices(base.num_hidden_layers)
-    if not training_args.prune.train_pruners:
-        kept_by = (training_args.prune_start, training_args.prune_baseline)
-        check_adaptation(training_args.prune, *kept_by, training_args.lora_enable)
+    kept_by = (training_args.prune_start, training_args.prune_baseline)
+    check_what_learns(training_args.prune, *kept_by, training_args.lora_enable)
     if training_args.bits == 8 and training_args.lora_enable:
         check_8bit_lora()
     if training_args.local_rank in (-1, 0):

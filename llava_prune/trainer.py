@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import TrainerState, set_seed
+from transformers import set_seed
 
 from . import compat
 from .adaptation import (
-    check_adaptation,
     check_same_baseline,
     check_same_pruners,
+    check_what_learns,
     drawn_budget,
     kept_metrics,
     save_baseline,
@@ -27,7 +27,7 @@ from .adaptation import (
 )
 from .adversary import Adversary
 from .baselines import attach_baseline
-from .checkpoint import pruner_state_dict, read_description, read_weights, save_pruners, start_from
+from .checkpoint import base_identity, pruner_state_dict, read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
 from .guards import check_guards
 from .guidance import guidance_of, guided_pass, lessons_of, mean_guidance
@@ -36,13 +36,25 @@ from .losses import kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
 from .patch import PruneHandle, attach_pruners, prune_mode
 from .replay import Replay, joined
+from .resuming import (
+    check_same_training,
+    is_finished,
+    load_beside_lora,
+    newest_complete,
+    save_beside_lora,
+    save_training,
+)
 from .sampling import SeededSampler
 from .schedules import ScheduleValues, schedule
 from .soft_attention import check_compilable
 from .state import ForwardRecord
 from .turns import supervise_one_turn
 
-ADVERSARY_FILE, STATE_FILE = "adversary.pt", "trainer_state.json"
+ADVERSARY_FILE = "adversary.pt"
+
+
+class _Finished(Exception):
+    """A training that is at its end was started again."""
 
 
 class PruneTrainerMixin:
@@ -57,18 +69,20 @@ class PruneTrainerMixin:
         _check_processes(args)
         if self.prune.train_base and self.lora:
             raise ValueError("prune_train_base and lora_enable: LoRA keeps the base as it is; give one of them")
-        if not self.prune.train_pruners:
-            check_adaptation(self.prune, args.prune_start, args.prune_baseline, self.lora)
+        check_what_learns(self.prune, args.prune_start, args.prune_baseline, self.lora)
+        base = base_identity(model)
         set_seed(args.seed)  # the host seeds later than the pruners are made
         self.prune_handle = _attach(model, self.prune, args.prune_baseline)
         self.has_pruners = args.prune_baseline is None
+        if self.prune.train_pruners and self.prune_handle.vision_tokens is not None:
+            self.prune.check_prunes(self.prune_handle.vision_tokens)
+        if (args.bf16 or args.fp16) and not args.deepspeed:
+            # DeepSpeed keeps fp32 copies of what it trains; without it small steps would be rounded away
+            self.prune_handle.pruners.float()
         if args.prune_start is not None:
             description = start_from(model, args.prune_start)
             if not self.prune.train_pruners:
                 self._share_as(description)
-        if (args.bf16 or args.fp16) and not args.deepspeed:
-            # DeepSpeed keeps fp32 copies of what it trains; without it small steps would be rounded away
-            self.prune_handle.pruners.float()
         state = self.prune_handle.state
         num_layers = self.prune_handle.num_layers
         if self.prune.alignment == "kl":
@@ -99,6 +113,8 @@ class PruneTrainerMixin:
         self._features: tuple[list[Tensor], list[Tensor], Tensor, Tensor] | None = None
         self._replay = Replay(self.prune.guidance_memory) if self.prune.guidance_replays else None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        samples = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        self._training = {"seed": args.seed, "base_model": base, "samples": samples}
         self._adapt_engine_once_made()
 
     # ---- optimizer and data
@@ -136,6 +152,8 @@ class PruneTrainerMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Generator step inside the engine, then the discriminator's outside of it."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            raise _Finished  # the host asks only after a step whether there is one left
         values = self._schedule()
         state = self.prune_handle.state
         state.temperature, state.target_ease = values.temperature, values.target_ease
@@ -333,16 +351,16 @@ class PruneTrainerMixin:
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(self.args.output_dir)
-        if resume_from_checkpoint and not self.prune.train_pruners:
-            self._check_adapted_to_the_same(resume_from_checkpoint)
-        finished = resume_from_checkpoint if self._is_finished(resume_from_checkpoint) else None
-        if finished is None:
+        if resume_from_checkpoint:
+            check_same_training(resume_from_checkpoint, self._training)
+            if not self.prune.train_pruners:
+                self._check_adapted_to_the_same(resume_from_checkpoint)
+            if is_finished(resume_from_checkpoint, self.args):
+                self.args.ignore_data_skip = True  # all of it would be read for nothing
+        try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        else:
-            # the host would take one step more than max_steps
-            self._take_up(finished)
-            self.prune_handle.pruners.load_state_dict(read_weights(finished))
-            self.state, result = TrainerState.load_from_json(str(Path(finished) / STATE_FILE)), None
+        except _Finished:
+            result = None
         self._save_pruners(self.args.output_dir)
         # LLaVA's LoRA saving collects whatever is trainable; the pruners have a file of their own
         self.prune_handle.pruners.requires_grad_(False)
@@ -354,17 +372,13 @@ class PruneTrainerMixin:
         else:
             check_same_baseline(checkpoint, self.args.prune_baseline, self.prune.target_token_num)
 
-    def _is_finished(self, checkpoint: str | None) -> bool:
-        """Whether a checkpoint is of the last step and holds all that was trained."""
-        if checkpoint is None or self.prune.train_base or self.lora or self.args.max_steps <= 0:
-            return False
-        return TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).global_step >= self.args.max_steps
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Pruners, and what else was trained: the whole base, or an adapter that DeepSpeed does not save."""
         output_dir = output_dir or self.args.output_dir
         if self.prune.train_base and not self.lora or self.lora and not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
+        if self.lora and not self.is_deepspeed_enabled and self.args.should_save:
+            save_beside_lora(self.model, output_dir)
         self._save_pruners(output_dir)
 
     def _save_pruners(self, output_dir: str) -> None:
@@ -379,6 +393,8 @@ class PruneTrainerMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_training(output_dir, self._training)
         if self.adversary is not None and self.args.should_save:
             torch.save(self.adversary.state_dict(), Path(output_dir) / ADVERSARY_FILE)
 
@@ -422,15 +438,10 @@ class PruneTrainerMixin:
         """Only called without DeepSpeed."""
         if self.prune.train_base or self.lora:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.lora:
+            load_beside_lora(self.model, resume_from_checkpoint)
         if self.has_pruners:
             self.prune_handle.pruners.load_state_dict(read_weights(resume_from_checkpoint))
-
-
-def newest_complete(output_dir: str) -> str | None:
-    """The newest `checkpoint-N` of a training that holds the file that is written last, or None."""
-    complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE_FILE}")]
-    steps = {int(path.name.rsplit("-", 1)[1]): path for path in complete if path.name.rsplit("-", 1)[1].isdigit()}
-    return str(steps[max(steps)]) if steps else None
 
 
 def _attach(model: nn.Module, config: PruneConfig, baseline: str | None) -> PruneHandle:

@@ -10,7 +10,7 @@
 # ADAPT=DIR leaves the pruners in DIR as they are and trains LoRA to answer from what they keep, BASELINE=NAME from what
 # a training-free method keeps (with --prune_target_token_num N).
 # LORA=1 trains LoRA adapters beside the pruners, BITS=4 (or 8) loads the base quantised, HOSTFILE=FILE runs on
-# several machines. Arguments of this script go to the training as they are: bash scripts/train_prune.sh --seed 1
+# several machines. Arguments of this script go to the training as they are: bash scripts/train_prune.sh --prune_alignment mse
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD
@@ -33,13 +33,12 @@ PORT=${PORT:-29500}
 
 NAME=${MODEL:+$(basename "$MODEL")-}$([ "$ADAPTS" = 1 ] && echo "adapted${BASELINE:+-$BASELINE}" || echo prune)
 [ "$SEED" = 0 ] || NAME=$NAME-seed$SEED
-if [ "$LORA" = 1 ]; then
-    # LLaVA's loader tells a LoRA checkpoint by its folder's name
-    NAME=$([ -n "$MODEL" ] || echo llava-mosaic-)$NAME-lora
-    [[ -z "$OUT" || "$(basename "$OUT")" == *llava*lora* ]] || {
-        echo "train_prune.sh: with LORA=1 the last part of OUT must contain 'llava' and 'lora', not $OUT" >&2; exit 2; }
-fi
+[ "$LORA" != 1 ] || NAME=$([ -n "$MODEL" ] || echo llava-mosaic-)$NAME-lora
 OUT=${OUT:-outputs/$NAME}
+if [[ "$LORA" = 1 && "$(basename "$OUT")" != *llava*lora* ]]; then
+    # LLaVA's loader tells a LoRA checkpoint by its folder's name
+    echo "train_prune.sh: with LORA=1 the last part of OUT must contain 'llava' and 'lora', not $OUT" >&2; exit 2
+fi
 
 bash scripts/setup.sh
 export PATH=$ROOT/.venv/bin:$PATH

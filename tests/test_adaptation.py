@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import batch_of, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
-from llava_prune.adaptation import check_adaptation, drawn_budget, kept_metrics, of_baseline, without_adapters
+from llava_prune.adaptation import check_what_learns, drawn_budget, kept_metrics, of_baseline, without_adapters
 from llava_prune.baselines import attach_baseline
 
 LAYERS = (0, 3)
@@ -85,14 +85,14 @@ def test_budgets_are_drawn_from_all_of_the_range():
 def test_there_must_be_pruners_and_something_that_learns():
     config = PruneConfig(**ADAPTING)
     with pytest.raises(ValueError, match="give trained ones with --prune_start"):
-        check_adaptation(config, None, None, True)
+        check_what_learns(config, None, None, True)
     with pytest.raises(ValueError, match="nothing would learn; add --lora_enable True"):
-        check_adaptation(config, "pruners", None, False)
-    check_adaptation(config, "pruners", None, True)
-    check_adaptation(PruneConfig(**ADAPTING, train_base=True), "pruners", None, False)
+        check_what_learns(config, "pruners", None, False)
+    check_what_learns(config, "pruners", None, True)
+    check_what_learns(PruneConfig(**ADAPTING, train_base=True), "pruners", None, False)
     with pytest.raises(ValueError, match="not both"):
-        check_adaptation(config, "pruners", "fastv", True)
-    check_adaptation(config, None, "fastv", True)
+        check_what_learns(config, "pruners", "fastv", True)
+    check_what_learns(config, None, "fastv", True)
 
 
 def test_a_baseline_keeps_the_target_and_nothing_is_aligned():

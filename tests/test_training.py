@@ -131,6 +131,22 @@ def test_a_truncated_checkpoint_folder_is_not_taken(testbed, tmp_path):
         train(testbed, tmp_path, **flags, prune_sparsity_weight=3.0)
 
 
+def test_a_checkpoint_of_another_training_is_not_gone_on_with(testbed, tmp_path):
+    flags = {"stage": None, "processes": 1, "save_strategy": "steps", "save_steps": 2, "prune_alignment": "none"}
+    train(testbed, tmp_path / "out", steps=2, **flags)
+    with pytest.raises(AssertionError, match="another training, with seed 42 and not 1"):
+        train(testbed, tmp_path / "out", steps=2, seed=1, **flags)
+    other = shutil.copytree(testbed / "llava-mosaic-tiny", tmp_path / "llava-other")
+    with pytest.raises(AssertionError, match="another training, with base_model .*llava-mosaic-tiny.* and not"):
+        train(testbed, tmp_path / "out", steps=2, model_name_or_path=other, **flags)
+    samples = json.loads((testbed / "train.json").read_text())
+    fewer = write_data(tmp_path / "fewer", testbed, samples[:8])
+    with pytest.raises(AssertionError, match=f"another training, with samples {len(samples)} and not 8"):
+        train(testbed, tmp_path / "out", steps=2, data_path=fewer / "train.json", **flags)
+    with pytest.raises(AssertionError, match="give its folder that name"):
+        train(testbed, tmp_path / "new", steps=1, model_name_or_path=other, prune_start=tmp_path / "out", **flags)
+
+
 def test_a_finished_run_keeps_all_that_it_wrote(testbed, tmp_path):
     flags = {"steps": 2, "stage": None, "processes": 1, "save_strategy": "steps", "save_steps": 2}
     train(testbed, tmp_path, **flags)
@@ -161,6 +177,25 @@ def test_lora_trains_beside_the_pruners_and_both_are_saved(testbed, tmp_path):
     with torch.no_grad():
         model(input_ids=torch.tensor([[1, -200, 5, 6]]), images=torch.randn(1, 3, 192, 192))
     assert last_report(model).vision_tokens.tolist() == [144]
+
+
+def test_without_deepspeed_lora_and_projector_go_on_as_they_were(testbed, tmp_path):
+    """And once all steps are done, the same command trains nothing more."""
+    out = tmp_path / "llava-lora"
+    flags = {"stage": None, "processes": 1, "save_strategy": "steps", "save_steps": 2, "prune_alignment": "none"}
+    flags |= {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 2e-3, "steps": 4}
+    expected = train(testbed, out, **flags)
+    names = ("adapter_model.safetensors", "pruners.safetensors")
+    written = [(out / name).read_bytes() for name in names]
+    trained = torch.load(out / "non_lora_trainables.bin", weights_only=True)
+    assert any("mm_projector" in name for name in trained)
+    assert [entry["step"] for entry in train(testbed, out, **flags)] == [1, 2, 3, 4]
+    assert [(out / name).read_bytes() for name in names] == written
+    shutil.rmtree(out / "checkpoint-4")
+    again = train(testbed, out, **flags)
+    assert [entry["loss"] for entry in again] == pytest.approx([entry["loss"] for entry in expected], rel=1e-5)
+    for name, value in torch.load(out / "non_lora_trainables.bin", weights_only=True).items():
+        torch.testing.assert_close(value, trained[name], atol=1e-6, rtol=0)
 
 
 def test_a_trained_base_is_saved_beside_its_pruners(testbed, tmp_path):
@@ -256,6 +291,8 @@ def test_bad_data_and_settings_stop_before_the_model_is_loaded(testbed, tmp_path
         ({"prune_pruning_layers": [2, 8]}, "8 layers, so they must lie in 0..7"),
         ({"prune_config": "mozaic"}, "no prune config 'mozaic'"),
         ({"data_path": tmp_path / "none.json"}, "none.json can not be read"),
+        ({"prune_target_token_num": 144}, "leaves nothing to prune of 144 vision tokens"),
+        ({"prune_config": "mosaic_guided", "lora_enable": True}, "LoRA or the base would not learn"),
     ):
         chosen = testbed if flags else data
         done = subprocess.run(

@@ -61,6 +61,36 @@ def test_masked_equals_hard(kind, attention, dtype, side):
         assert torch.equal(*generated)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@torch.no_grad()
+def test_layers_on_two_gpus():
+    """As `device_map="auto"` spreads them: the rotary tables of all layers are made on the last one's device."""
+    from accelerate import dispatch_model
+
+    model = tiny("llava")
+    inputs = cuda(model, batch_of(model, LENGTHS, IMAGES, "left"), torch.float32)
+    with attach_pruners(model, PruneConfig(**SETTINGS)) as handle:
+        randomise_pruners(handle)
+        weights = handle.pruners.state_dict()
+        expected = generated(model, inputs)
+    parts = {"embed_tokens": 0, "norm": 1, "rotary_emb": 1} | {f"layers.{index}": int(index > 2) for index in range(6)}
+    device_map = {f"model.language_model.{part}": device for part, device in parts.items()}
+    device_map |= {"model.vision_tower": 0, "model.multi_modal_projector": 0, "lm_head": 1}
+    dispatch_model(model, device_map)
+    with attach_pruners(model, PruneConfig(**SETTINGS)) as handle:
+        handle.pruners.load_state_dict(weights)
+        assert all(torch.equal(*pair) for pair in zip(generated(model, inputs), expected, strict=True))
+
+
+def generated(model, inputs):
+    """Greedy answers in masked and in hard mode, on the CPU."""
+    answers = []
+    for mode in ("masked", "hard"):
+        with prune_mode(model, mode):
+            answers.append(model.generate(**inputs, max_new_tokens=16, do_sample=False).cpu())
+    return answers
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """The shipped base in Hugging Face's format."""

@@ -5,7 +5,7 @@ import torch
 from law import settings
 from tiny_hf import KINDS, batch_of, randomise_pruners, tiny
 
-from llava_prune import attach_pruners, detach_pruners, last_report, load_pruners, prune_mode
+from llava_prune import attach_pruners, compat, detach_pruners, last_report, load_pruners, prune_mode
 from llava_prune import save_pruners as save
 from llava_prune.patch import set_mode
 
@@ -217,6 +217,12 @@ def test_layers_spread_and_offloaded_by_accelerate(tmp_path, residual):
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-6, rtol=0)
         assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False), answer)
     assert model.model.language_model.layers[4].forward is dispatched
+
+
+def test_rotary_tables_of_another_device_than_the_hidden_states_are_moved():
+    hidden, table = torch.zeros(1, device="meta"), torch.zeros(1)
+    call = compat.on_device({"hidden_states": hidden, "position_embeddings": (table, table)}, hidden.device)
+    assert {value.device.type for value in (call["hidden_states"], *call["position_embeddings"])} == {"meta"}
 
 
 @pytest.mark.parametrize("mode", ["masked", "hard"])

@@ -17,9 +17,9 @@ from llava_prune import load_pruners, prune_mode
 from llava_prune.convert import convert
 from llava_prune.data_hf import Collator, ConversationDataset, end_of_answers
 from llava_prune.reporting.samples import Sample
+from llava_prune.resuming import newest_complete
 from llava_prune.testbed.prepare import prepare
 from llava_prune.train_hf import arguments_class, make_trainer
-from llava_prune.trainer import newest_complete
 from llava_prune.turns import supervise_one_turn
 from llava_prune.visualize.chat import load_chat
 
@@ -284,6 +284,16 @@ def trainer_of(bed, out, **flags):
         **flags,
     }
     return make_trainer([part for name, value in settings.items() for part in (f"--{name}", str(value))])
+
+
+def test_adaptation_leaves_pruners_as_they_are_to_the_bit(bed, tmp_path):
+    """Also in bf16, without DeepSpeed: what was trained in fp32 is not rounded to the base's precision."""
+    trainer_of(bed, tmp_path / "start", max_steps=1).train()
+    flags = {"prune_train_pruners": False, "prune_start": tmp_path / "start", "prune_alignment": "none", "bf16": True}
+    trainer = trainer_of(bed, tmp_path / "out", lora_enable=True, lora_r=4, **flags)
+    now = trainer.prune_handle.pruners.state_dict()
+    for name, value in load_file(tmp_path / "start" / "pruners.safetensors").items():
+        assert torch.equal(now[name], value), name
 
 
 def test_accumulated_batches_are_one_batch(bed, tmp_path):
