@@ -155,6 +155,10 @@ def test_lora_learns_to_answer_from_what_trained_pruners_keep(testbed, tmp_path)
     resumed = train(testbed, out, stage=3, steps=4, **flags, **checkpoints)
     assert [entry["step"] for entry in resumed] == [1, 2, 3, 4]
     assert resumed[2]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    finished = train(testbed, out, stage=3, steps=4, **flags, **checkpoints)
+    assert [entry["step"] for entry in finished] == [1, 2, 3, 4], "a finished run was trained further"
+    assert (out / "adapter_model.safetensors").read_bytes() == adapter
     others = tmp_path / "others"
     others.mkdir()
     (others / "prune_config.json").write_bytes((tmp_path / "guided/prune_config.json").read_bytes())
