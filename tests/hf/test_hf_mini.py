@@ -18,15 +18,18 @@ from llava_prune.comparing.questions import read_questions
 from llava_prune.config import PruneConfig
 from llava_prune.data_hf import ConversationDataset
 from llava_prune.testbed.base_data import paint_batch
+from llava_prune.testbed.mini import pipeline, results
 from llava_prune.testbed.mini.__main__ import main
 from llava_prune.testbed.mini.ablations import ADAPTED, MAIN, SCRATCH, SECOND, VARIANTS, chosen
 from llava_prune.testbed.mini.assemble import assemble, save
+from llava_prune.testbed.mini.base import BaseTraining
 from llava_prune.testbed.mini.conversations import ALL_KINDS, Conversations, conversation_ids, said
 from llava_prune.testbed.mini.data import DataAmounts, plain_questions, transfer_sets, write_data
 from llava_prune.testbed.mini.intervals import of_seeds, of_share
 from llava_prune.testbed.mini.jobs import Job, run_jobs
 from llava_prune.testbed.mini.pack import pack, read_packed, unpack, write_packed
 from llava_prune.testbed.mini.packages import DINOV2, SMOLLM2, find_file
+from llava_prune.testbed.mini.pipeline import Mini, Plan
 from llava_prune.testbed.mini.size import REAL, TINY
 from llava_prune.testbed.mini.trainee import Tiles, Trainee
 from llava_prune.testbed.mini.trainings import Trainings, TrainingSettings
@@ -392,6 +395,29 @@ def test_jobs_run_once_and_failures_are_named(tmp_path):
     with pytest.raises(RuntimeError, match="(?s)1 of 2 jobs failed: bad.*no such thing"):
         run_jobs([good, job("bad", "raise SystemExit('no such thing')")], 1, 0)
     assert job("bad", "").record is None, "it is run again"
+
+
+def test_a_failure_shows_beside_a_job_of_the_same_name(tmp_path):
+    codes = {"a": "raise SystemExit('no such thing')", "b": "pass"}
+    jobs = [Job("same", tmp_path / folder, ("-c", code)) for folder, code in codes.items()]
+    with pytest.raises(RuntimeError, match="(?s)1 of 2 jobs failed: same.*no such thing"):
+        run_jobs(jobs, 1, 0)
+
+
+def test_jobs_of_an_ablation_have_names_of_their_own(tmp_path, monkeypatch):
+    """Of every seed an adapter, which is a base of its own; other pruners are compared together."""
+    variants = (MAIN, "gan", ADAPTED, f"{ADAPTED}_mse")
+    plan = Plan((64,), (0, 1), "none", (), 64, variants, 1, 0)
+    mini = Mini(tmp_path, REAL, BaseTraining(), TrainingSettings(), DataAmounts(), plan)
+    mini.base.mkdir()
+    (mini.base / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 30}}))
+    mini.base_key, ran = "key", []
+    monkeypatch.setattr(pipeline, "run_jobs", lambda jobs, *_: ran.append([job.name for job in jobs]) or {})
+    monkeypatch.setattr(results, "write_ablations", lambda *_: None)
+    mini.ablations()
+    assert all(len({*names}) == len(names) for names in ran)
+    lora = [f"{variant}, seed {seed}, on val" for variant in variants[2:] for seed in (0, 1)]
+    assert ran[-1] == [f"compare {MAIN}", "compare gan", *lora]
 
 
 def test_gpus_are_taken_in_turns(tmp_path, monkeypatch):
