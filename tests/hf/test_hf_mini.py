@@ -1,12 +1,14 @@
 """mini: questions that are right by construction, a base that is taught what it is asked, and every step done once."""
 
 import json
+import math
 import re
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from statistics import stdev
 
 import numpy as np
 import pytest
@@ -461,6 +463,18 @@ def test_intervals():
     assert (centre, high - centre) == (pytest.approx(0.98), pytest.approx(4.303 * 0.01 / 3**0.5))
     assert of_share(0.5, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
     assert of_share(1.0, 100) == (pytest.approx(0.9630, abs=1e-4), pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("number", [*range(2, 32), 60])
+def test_an_interval_of_seeds_holds_95_percent(number):
+    values = [float(i) for i in range(number)]
+    centre, _, high = of_seeds(values)
+    quantile, freedom = (high - centre) / (stdev(values) / number**0.5), number - 1
+    # the density of Student's t, integrated
+    factor = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    points = np.linspace(-quantile, quantile, 20_001)
+    held = np.trapezoid(factor * (1 + points**2 / freedom) ** (-(freedom + 1) / 2), points)
+    assert held == pytest.approx(0.95, abs=1e-4) if number <= 31 else 0.95 <= held < 0.96
 
 
 # ---- the real parts, where their packages are
