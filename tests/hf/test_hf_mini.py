@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from statistics import stdev
@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from llava_prune.comparing.cells import BASELINE, PRUNERS
 from llava_prune.comparing.questions import read_questions
+from llava_prune.comparing.summary import Row, _add_best
 from llava_prune.config import PruneConfig
 from llava_prune.data_hf import ConversationDataset
 from llava_prune.testbed.base_data import paint_batch
@@ -25,6 +27,7 @@ from llava_prune.testbed.mini.__main__ import main
 from llava_prune.testbed.mini.ablations import ADAPTED, MAIN, SCRATCH, SECOND, VARIANTS, chosen
 from llava_prune.testbed.mini.assemble import assemble, save
 from llava_prune.testbed.mini.base import BaseTraining
+from llava_prune.testbed.mini.comparisons import Comparison
 from llava_prune.testbed.mini.conversations import ALL_KINDS, Conversations, conversation_ids, said
 from llava_prune.testbed.mini.data import DataAmounts, plain_questions, transfer_sets, write_data
 from llava_prune.testbed.mini.intervals import of_seeds, of_share
@@ -455,6 +458,17 @@ def test_variants_differ_in_one_thing_and_fit_the_real_model(tmp_path):
     )
     assert chosen("mse,kl") == [MAIN, "mse", "kl"]
     assert PruneConfig.load("mini").floor(576, 30) == 0
+
+
+def test_the_best_baseline_is_the_one_that_the_intervals_are_of():
+    rows = [
+        Row("fastv", BASELINE, 64.0, None, average_tokens=64.0, accuracy=0.5),
+        Row("tome", BASELINE, 64.0, None, average_tokens=63.0, accuracy=0.5),
+        Row("ours", PRUNERS, 64.0, None, average_tokens=64.0, accuracy=1.0),
+    ]
+    _add_best(rows, [[True, False], [False, True], [True, True]])
+    (line,) = results._lines_of_ours([asdict(row) for row in rows], 64.0, Comparison(None, {}))
+    assert line["best_baseline"] == rows[2].best_baseline == "tome" and line["versus_best"] == 0.5
 
 
 def test_intervals():
