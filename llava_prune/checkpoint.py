@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +77,18 @@ def pruner_state_dict(handle: PruneHandle) -> dict[str, Tensor]:
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary_path)`, flush to disk, then rename over `path`: a kill leaves the old file or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Call `write(temporary_path)`, flush to disk, then rename over `path`: a kill leaves the old file or the new.
+
+    Of several writers of one file the last to end has it; a failure leaves nothing behind.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # of this call alone
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_pruners(model: nn.Module, directory: str | Path, write: bool = True) -> None:

@@ -162,7 +162,18 @@ def check_before_loading(module: Any) -> None:
     if training_args.bits == 8 and training_args.lora_enable:
         check_8bit_lora()
     if training_args.local_rank in (-1, 0):
-        check_training_data(data_args.data_path, data_args.image_folder)
+        turns_problem = turns_problem_of(module.conversation_lib, model_args.version)
+        check_training_data(data_args.data_path, data_args.image_folder, turns_problem)
+
+
+def turns_problem_of(conversation_lib: Any, version: str) -> Any:
+    """For `check_training_data`: what LLaVA's `--version` needs of turns, None where it takes them in any order."""
+    from .data_check import in_turns
+
+    template = conversation_lib.default_conversation
+    if version not in ("v0", "v0.5"):  # these leave the default as it is
+        template = conversation_lib.conv_templates.get(version, conversation_lib.conv_templates["vicuna_v1"])
+    return None if template.sep_style.name in ("SINGLE", "PLAIN") else in_turns
 
 
 def _take_stack(argv: list[str]) -> str:

@@ -63,7 +63,7 @@ def make_trainer(argv: list[str] | None = None) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, Trainer
 
-    from .data_check import NamedErrors, check_training_data
+    from .data_check import NamedErrors, check_training_data, question_first
     from .data_hf import Collator, ConversationDataset
     from .trainer import PruneTrainerMixin
 
@@ -77,7 +77,7 @@ def make_trainer(argv: list[str] | None = None) -> Any:
     if args.prune.alignment in ("gan", "mse", "mean_var"):
         args.prune.disc_layer_indices(layers)
     if args.process_index == 0:
-        check_training_data(data_args.data_path, data_args.image_folder)
+        check_training_data(data_args.data_path, data_args.image_folder, question_first)
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(

@@ -17,9 +17,11 @@ GQA_EVAL = """
 import argparse, json
 parser = argparse.ArgumentParser()
 parser.add_argument("--tier")
-tier = parser.parse_args().tier
-questions = json.load(open(f"{tier}_questions.json"))
-predictions = {p["questionId"]: p["prediction"] for p in json.load(open(f"{tier}_predictions.json"))}
+parser.add_argument("--predictions", default="{tier}_predictions.json")
+args = parser.parse_args()
+questions = json.load(open(f"{args.tier}_questions.json"))
+with open(args.predictions.format(tier=args.tier)) as file:
+    predictions = {p["questionId"]: p["prediction"] for p in json.load(file)}
 right = [predictions[name] == question["answer"] for name, question in questions.items()]
 print("Loading questions...")
 print("Binary: 50.00%")

@@ -10,7 +10,7 @@ from tiny import batch_of, randomise_pruners, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, last_report, load_pruners, prune_mode, save_pruners
 from llava_prune.baselines import attach_baseline
-from llava_prune.checkpoint import CONFIG, WEIGHTS
+from llava_prune.checkpoint import CONFIG, WEIGHTS, write_atomically
 from llava_prune.patch import find_handle
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3), target_token_num=10, pruner_dim=16, pruner_heads=4)
@@ -170,3 +170,16 @@ def test_saving_never_leaves_half_a_file(saved, llava, monkeypatch):
         save_pruners(llava, saved)
     assert (saved / WEIGHTS).read_bytes() == before
     assert json.loads((saved / CONFIG).read_text())["prune_config"] == SETTINGS.to_dict()
+    assert sorted(path.name for path in saved.iterdir()) == sorted([WEIGHTS, CONFIG]), "nor a file of another name"
+
+
+def test_writers_of_one_file_do_not_break_each_other(tmp_path):
+    path = tmp_path / "cell.json"
+
+    def write(temporary):
+        temporary.write_text("first to begin, last to end")
+        write_atomically(path, lambda other: other.write_text("another's"))
+        assert path.read_text() == "another's"
+
+    write_atomically(path, write)
+    assert path.read_text() == "first to begin, last to end" and list(tmp_path.iterdir()) == [path]

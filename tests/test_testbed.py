@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from PIL import Image
 from llava_prune.testbed.install import MODEL_NAME, install_base
 from llava_prune.testbed.mosaic import MosaicSampler, paint
 from llava_prune.testbed.pictures import COLORS, SHAPES, SPLITS, load_pictures
-from llava_prune.testbed.prepare import prepare
+from llava_prune.testbed.prepare import prepare, write_text
 from llava_prune.testbed.questions import KINDS, LARGEST_COUNT, PAIRS, compose, subjects
 from llava_prune.testbed.score import score
 
@@ -154,6 +155,17 @@ def test_answers_are_balanced():
     labels = [("circle", "red")] * 9
     later = Counter(("circle", "red") in subjects("exists", labels, rng) for _ in range(1000))
     assert 400 < later[True] < 600
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert not list(tmp_path.iterdir())
+    texts = [f"{number}" * 9999 for number in range(100)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda text: write_text(path, text), texts))
+    assert path.read_text() in texts and list(tmp_path.iterdir()) == [path]
 
 
 def test_deterministic_and_idempotent(data, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -250,6 +252,102 @@ def test_pruners_of_guidance_alone_are_a_start_for_others(testbed, tmp_path):
     assert description["prune_config"]["target_token_num"] == 72
     with pytest.raises(AssertionError, match="have other pruning_layers, pruner_dim"):
         train(testbed, tmp_path / "other", prune_pruning_layers=[1, 5, 6], prune_pruner_dim=32, **start)
+
+
+def checked(folder, turns, *turns_problem):
+    """What the check says of a sample with these turns, or None."""
+    from llava_prune.data_check import check_training_data
+
+    (folder / "turns.json").write_text(json.dumps([{"id": "x", "conversations": turns}]))
+    try:
+        check_training_data(str(folder / "turns.json"), None, *turns_problem)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("version", ["v0", "v1", "own", "llava_v0"])
+def test_turns_that_llava_can_not_use_are_refused_and_no_others(testbed, tmp_path, monkeypatch, version):
+    import transformers
+    from llava.train import train as llava_train
+
+    from llava_prune.train import turns_problem_of
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        testbed / "llava-mosaic-tiny", model_max_length=512, padding_side="right", use_fast=False
+    )
+    tokenizer.pad_token = tokenizer.unk_token
+    conversation = llava_train.conversation_lib
+    monkeypatch.setattr(conversation, "default_conversation", conversation.default_conversation)
+    problem = turns_problem_of(conversation, version)
+    if version == "llava_v0":  # as LLaVA's train() does
+        conversation.default_conversation = conversation.conv_templates[version]
+
+    def learns(turns):
+        try:
+            return bool((llava_train.preprocess([deepcopy(turns)], tokenizer)["labels"][0] != -100).any())
+        except (AssertionError, KeyError, TypeError):
+            return False
+
+    refused = set()
+    for length in range(1, 5):
+        for roles in product(("human", "gpt", "system"), repeat=length):
+            turns = [{"from": role, "value": "hi"} for role in roles]
+            said = checked(tmp_path, turns, problem)
+            if said is None:
+                # with a question last, LLaVA learns from a conversation that it cuts, and not from a short one
+                assert learns(turns) or roles[-1] == "human", roles
+            elif "gpt" in roles:
+                assert not learns(turns), (roles, said)
+                refused.add(roles)
+    unusable = {("gpt",), ("system", "human", "gpt"), ("human", "human", "gpt")}
+    assert unusable <= refused if version != "llava_v0" else not refused
+    assert not {("human", "gpt"), ("gpt", "human", "gpt"), ("human", "gpt", "human", "gpt")} & refused
+
+
+@pytest.mark.parametrize("value", [None, 3, ["hi"]])
+def test_a_turn_without_text_is_refused_and_named(tmp_path, value):
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "hi"}]
+    assert "sample 0 (id 'x'): a turn whose 'value' is no text" in checked(tmp_path, turns)
+
+
+def test_whatever_a_sample_raises_names_it(tmp_path):
+    """A PNG whose second chunk of pixels is broken raises SyntaxError, and only when it is decoded."""
+    from PIL import Image
+
+    from llava_prune.data_check import NamedErrors, check_training_data
+
+    path = tmp_path / "broken.png"
+    Image.effect_noise((400, 400), 80).save(path)
+    picture = bytearray(path.read_bytes())
+    second = picture.find(b"IDAT", picture.find(b"IDAT") + 4)
+    picture[second : second + 4] = b"\0\1\2\3"
+    path.write_bytes(picture)
+    samples = [sample("s0", "broken.png", "<image>\nIs there a circle?", "yes")]
+    (tmp_path / "train.json").write_text(json.dumps(samples))
+    assert check_training_data(str(tmp_path / "train.json"), str(tmp_path)) == 1
+
+    class Pictures:
+        list_data_dict = samples
+
+        def __getitem__(self, index):
+            return Image.open(tmp_path / self.list_data_dict[index]["image"]).convert("RGB")
+
+    with pytest.raises(
+        ValueError, match="sample 0 .id 's0', image 'broken.png'. can not be used .SyntaxError: broken"
+    ):
+        NamedErrors(Pictures())[0]
+
+
+def test_a_picture_too_large_to_be_opened_is_named(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from llava_prune.data_check import check_training_data
+
+    Image.new("L", (9, 9)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    (tmp_path / "train.json").write_text(json.dumps([sample("s0", "large.png", "<image>\nWhat?", "yes")]))
+    with pytest.raises(ValueError, match="sample 0 .id 's0'.: image .*large.png can not be read"):
+        check_training_data(str(tmp_path / "train.json"), str(tmp_path))
 
 
 def test_an_image_that_breaks_off_is_named(testbed, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -103,19 +104,20 @@ def _add_origins_times(rows: list[Row]) -> None:
             setattr(rows[0], f"{name}_origin_ms", None)
 
 
+def best_baseline(rows: Iterable[Row]) -> Row | None:
+    """Of rows of one budget the most accurate baseline; of equally accurate ones that with the fewest tokens."""
+    reached = [row for row in rows if row.kind == BASELINE and row.reason is None]
+    return max(reached, key=lambda row: (row.accuracy, -row.average_tokens), default=None)
+
+
 def _add_best(rows: list[Row], right: list[list[bool]]) -> None:
-    """Against the best baseline of the same budget; of equally accurate ones that with the fewest tokens."""
+    """Against the best baseline of the same budget."""
     for row, marks in zip(rows, right, strict=True):
         if row.kind != PRUNERS or row.budget is None or row.reason is not None:
             continue
-        rivals = [
-            i
-            for i, other in enumerate(rows)
-            if other.kind == BASELINE and (other.budget, other.reason) == (row.budget, None)
-        ]
-        if rivals:
-            best = max(rivals, key=lambda i: (rows[i].accuracy, -rows[i].average_tokens))
-            row.best_baseline, row.versus_best = rows[best].method, compare(marks, right[best])
+        best = best_baseline(other for other in rows if other.budget == row.budget)
+        if best is not None:
+            row.best_baseline, row.versus_best = best.method, compare(marks, right[rows.index(best)])
 
 
 def _place(row: Row) -> tuple:

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint import write_atomically
 from .convert import convert_gqa, convert_mme, convert_seed, seed_accuracy
 from .questions import read_answers, read_lines
 
@@ -135,10 +134,9 @@ def gqa(data_dir: Path, question_file: Path, result_file: Path) -> Score:
     if not (data_dir / "eval" / "eval.py").is_file() or not (data_dir / "testdev_balanced_questions.json").is_file():
         print(f"{data_dir} lacks eval/eval.py or testdev_balanced_questions.json of GQA: put them there to score")
         return Score("accuracy", None, predictions)
-    # eval.py looks for one name, whichever run it is of
-    read_by_eval = data_dir / "testdev_balanced_predictions.json"
-    write_atomically(read_by_eval, lambda path: path.write_bytes(predictions.read_bytes()))
-    output = _run(Path("eval/eval.py"), "--tier", "testdev_balanced", cwd=data_dir)
+    # this run's own: the file that eval.py reads by default is one for all runs
+    own = str(predictions.resolve()).replace("{", "{{").replace("}", "}}")  # eval.py puts the tier into {tier}
+    output = _run(Path("eval/eval.py"), "--tier", "testdev_balanced", "--predictions", own, cwd=data_dir)
     return Score("accuracy", _figures(rf"(?m)^Accuracy: {FIGURE}", output, "eval.py")[0], predictions)
 
 

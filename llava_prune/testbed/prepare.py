@@ -22,6 +22,7 @@ from random import Random
 
 import numpy as np
 
+from ..checkpoint import write_atomically
 from .install import install_base
 from .mosaic import Mosaic, MosaicSampler, check_grid, paint
 from .pictures import load_pictures
@@ -165,10 +166,8 @@ def _made(folder: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes to another name, then renames."""
-    staging = path.with_name(f".{path.name}")
-    staging.write_text(text, encoding="utf-8")
-    staging.rename(path)
+    """Writes all of it or nothing."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def main() -> None:

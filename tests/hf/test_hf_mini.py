@@ -1,12 +1,14 @@
 """mini: questions that are right by construction, a base that is taught what it is asked, and every step done once."""
 
 import json
+import math
 import re
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
+from statistics import stdev
 
 import numpy as np
 import pytest
@@ -14,19 +16,25 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from llava_prune.comparing.cells import BASELINE, PRUNERS
 from llava_prune.comparing.questions import read_questions
+from llava_prune.comparing.summary import Row, _add_best
 from llava_prune.config import PruneConfig
 from llava_prune.data_hf import ConversationDataset
 from llava_prune.testbed.base_data import paint_batch
+from llava_prune.testbed.mini import pipeline, results
 from llava_prune.testbed.mini.__main__ import main
 from llava_prune.testbed.mini.ablations import ADAPTED, MAIN, SCRATCH, SECOND, VARIANTS, chosen
 from llava_prune.testbed.mini.assemble import assemble, save
+from llava_prune.testbed.mini.base import BaseTraining
+from llava_prune.testbed.mini.comparisons import Comparison
 from llava_prune.testbed.mini.conversations import ALL_KINDS, Conversations, conversation_ids, said
 from llava_prune.testbed.mini.data import DataAmounts, plain_questions, transfer_sets, write_data
 from llava_prune.testbed.mini.intervals import of_seeds, of_share
 from llava_prune.testbed.mini.jobs import Job, run_jobs
 from llava_prune.testbed.mini.pack import pack, read_packed, unpack, write_packed
 from llava_prune.testbed.mini.packages import DINOV2, SMOLLM2, find_file
+from llava_prune.testbed.mini.pipeline import Mini, Plan
 from llava_prune.testbed.mini.size import REAL, TINY
 from llava_prune.testbed.mini.trainee import Tiles, Trainee
 from llava_prune.testbed.mini.trainings import Trainings, TrainingSettings
@@ -394,6 +402,29 @@ def test_jobs_run_once_and_failures_are_named(tmp_path):
     assert job("bad", "").record is None, "it is run again"
 
 
+def test_a_failure_shows_beside_a_job_of_the_same_name(tmp_path):
+    codes = {"a": "raise SystemExit('no such thing')", "b": "pass"}
+    jobs = [Job("same", tmp_path / folder, ("-c", code)) for folder, code in codes.items()]
+    with pytest.raises(RuntimeError, match="(?s)1 of 2 jobs failed: same.*no such thing"):
+        run_jobs(jobs, 1, 0)
+
+
+def test_jobs_of_an_ablation_have_names_of_their_own(tmp_path, monkeypatch):
+    """Of every seed an adapter, which is a base of its own; other pruners are compared together."""
+    variants = (MAIN, "gan", ADAPTED, f"{ADAPTED}_mse")
+    plan = Plan((64,), (0, 1), "none", (), 64, variants, 1, 0)
+    mini = Mini(tmp_path, REAL, BaseTraining(), TrainingSettings(), DataAmounts(), plan)
+    mini.base.mkdir()
+    (mini.base / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 30}}))
+    mini.base_key, ran = "key", []
+    monkeypatch.setattr(pipeline, "run_jobs", lambda jobs, *_: ran.append([job.name for job in jobs]) or {})
+    monkeypatch.setattr(results, "write_ablations", lambda *_: None)
+    mini.ablations()
+    assert all(len({*names}) == len(names) for names in ran)
+    lora = [f"{variant}, seed {seed}, on val" for variant in variants[2:] for seed in (0, 1)]
+    assert ran[-1] == [f"compare {MAIN}", "compare gan", *lora]
+
+
 def test_gpus_are_taken_in_turns(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     code = "import os, time; time.sleep(0.5); print('gpu', os.environ['CUDA_VISIBLE_DEVICES'])"
@@ -429,12 +460,35 @@ def test_variants_differ_in_one_thing_and_fit_the_real_model(tmp_path):
     assert PruneConfig.load("mini").floor(576, 30) == 0
 
 
+def test_the_best_baseline_is_the_one_that_the_intervals_are_of():
+    rows = [
+        Row("fastv", BASELINE, 64.0, None, average_tokens=64.0, accuracy=0.5),
+        Row("tome", BASELINE, 64.0, None, average_tokens=63.0, accuracy=0.5),
+        Row("ours", PRUNERS, 64.0, None, average_tokens=64.0, accuracy=1.0),
+    ]
+    _add_best(rows, [[True, False], [False, True], [True, True]])
+    (line,) = results._lines_of_ours([asdict(row) for row in rows], 64.0, Comparison(None, {}))
+    assert line["best_baseline"] == rows[2].best_baseline == "tome" and line["versus_best"] == 0.5
+
+
 def test_intervals():
     assert of_seeds([0.5]) == (0.5, 0.5, 0.5)
     centre, low, high = of_seeds([0.97, 0.98, 0.99])
     assert (centre, high - centre) == (pytest.approx(0.98), pytest.approx(4.303 * 0.01 / 3**0.5))
     assert of_share(0.5, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
     assert of_share(1.0, 100) == (pytest.approx(0.9630, abs=1e-4), pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("number", [*range(2, 32), 60])
+def test_an_interval_of_seeds_holds_95_percent(number):
+    values = [float(i) for i in range(number)]
+    centre, _, high = of_seeds(values)
+    quantile, freedom = (high - centre) / (stdev(values) / number**0.5), number - 1
+    # the density of Student's t, integrated
+    factor = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    points = np.linspace(-quantile, quantile, 20_001)
+    held = np.trapezoid(factor * (1 + points**2 / freedom) ** (-(freedom + 1) / 2), points)
+    assert held == pytest.approx(0.95, abs=1e-4) if number <= 31 else 0.95 <= held < 0.96
 
 
 # ---- the real parts, where their packages are

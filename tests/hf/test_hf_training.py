@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoProcessor
 
 from llava_prune import load_pruners, prune_mode
 from llava_prune.convert import convert
+from llava_prune.data_check import check_training_data, question_first
 from llava_prune.data_hf import Collator, ConversationDataset, end_of_answers
 from llava_prune.reporting.samples import Sample
 from llava_prune.resuming import newest_complete
@@ -169,6 +171,26 @@ def test_vision_tokens_that_would_be_cut_are_refused(bed, processor):
     data = ConversationDataset(str(bed / "yes.json"), str(bed), processor, 100)
     with pytest.raises(ValueError, match="raise --model_max_length"):
         data[0]
+
+
+def test_turns_that_can_not_be_used_are_refused_and_no_others(processor, tmp_path):
+    path = tmp_path / "turns.json"
+    refused = set()
+    for length in range(1, 4):
+        for roles in product(("human", "gpt", "system"), repeat=length):
+            if "gpt" not in roles:
+                continue
+            path.write_text(json.dumps([{"id": "x", "conversations": [{"from": r, "value": "hi"} for r in roles]}]))
+            try:
+                check_training_data(str(path), None, question_first)
+            except ValueError:
+                refused.add(roles)
+                with pytest.raises((IndexError, KeyError)):
+                    ConversationDataset(str(path), None, processor, 512)[0]
+            else:
+                assert (ConversationDataset(str(path), None, processor, 512)[0]["labels"] != -100).any()
+    assert {("gpt",), ("gpt", "human", "gpt"), ("system", "human", "gpt")} <= refused
+    assert not {("human", "gpt"), ("human", "human", "gpt"), ("human", "gpt", "human")} & refused
 
 
 def test_reentrant_checkpointing_is_refused_and_the_other_kind_set(tmp_path):

@@ -68,14 +68,14 @@ def run_jobs(jobs: list[Job], parallel: int, gpus: int) -> dict[str, float]:
             slots.put(slot)
 
     with ThreadPoolExecutor(parallel) as pool:
-        seconds = dict(zip([job.name for job in waiting], pool.map(run, waiting), strict=True))
-    if failed := [job for job in waiting if seconds[job.name] is None]:
+        ended = list(zip(waiting, pool.map(run, waiting), strict=True))
+    if failed := [job for job, seconds in ended if seconds is None]:
         log = failed[0].folder / LOG
         raise RuntimeError(
             f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(job.name for job in failed)}. The end of {log}:\n"
             + log.read_text(errors="replace")[-SHOWN:]
         )
-    return {name: value for name, value in seconds.items() if value is not None}
+    return {job.name: seconds for job, seconds in ended}
 
 
 def _run(job: Job, gpu: int | None, parallel: int) -> float | None:

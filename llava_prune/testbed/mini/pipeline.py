@@ -199,7 +199,7 @@ class Mini:
         """Planned; one for each adapter, which is a base of its own."""
         return [
             self.comparison(
-                f"{ADAPTED}, seed {row.seed}, on {questions}", questions, [row], model=row.job.folder, **settings
+                f"{row.variant}, seed {row.seed}, on {questions}", questions, [row], model=row.job.folder, **settings
             )
             for row in adapted
             if not row.collapsed
@@ -231,18 +231,12 @@ class Mini:
         self.train([training for row in trainings.values() for training in row])
         compared: dict[str, list[Comparison]] = {}
         for variant, row in trainings.items():
-            alone = [[training] for training in row] if row[0].lora else [row]  # each adapter is a base of its own
-            compared[variant] = [
-                self.comparison(
-                    f"compare {variant}",
-                    "val",
-                    part,
-                    methods="none",
-                    model=part[0].job.folder if part[0].lora else self.base,
-                )
-                for part in alone
-                if not all(training.collapsed for training in part)
-            ]
+            if row[0].lora:
+                compared[variant] = self._compare_adapted("val", row, methods="none")
+            elif all(training.collapsed for training in row):
+                compared[variant] = []
+            else:
+                compared[variant] = [self.comparison(f"compare {variant}", "val", row, methods="none")]
         jobs = {comparison.job.folder: comparison.job for row in compared.values() for comparison in row}
         self._run("ablations", list(jobs.values()), self.plan.jobs)
         write_ablations(self.out, self.plan.ablated, trainings, compared)

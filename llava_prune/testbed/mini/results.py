@@ -11,7 +11,7 @@ from typing import Any
 from ...checkpoint import write_atomically
 from ...comparing.cells import BASELINE, ORIGIN, PRUNERS
 from ...comparing.plot import draw_compare
-from ...comparing.summary import Row
+from ...comparing.summary import Row, best_baseline
 from .ablations import ADAPTED, MAIN
 from .comparisons import Comparison
 from .intervals import of_seeds, of_share
@@ -98,7 +98,7 @@ def _line_of(row: dict[str, Any], budget: float | None, questions: int) -> dict[
 
 def _lines_of_ours(rows: list[dict[str, Any]], budget: float, comparison: Comparison) -> list[dict[str, Any]]:
     """At the budget exactly, and by threshold if trained so; a line of either over the seeds that did not collapse."""
-    best = _best_baseline(rows)
+    best = best_baseline(Row(**row) for row in rows)
     lines = []
     by_threshold = any(training.selection == "threshold" for training in comparison.trainings.values())
     for exactly in (True, False) if by_threshold else (True,):
@@ -114,7 +114,7 @@ def _lines_of_ours(rows: list[dict[str, Any]], budget: float, comparison: Compar
             values = [row[name] for row in ours if row[name] is not None]
             line[name] = mean(values) if values else None
         if best is not None:
-            line["best_baseline"], line["versus_best"] = best["method"], accuracy - best["accuracy"]
+            line["best_baseline"], line["versus_best"] = best.method, accuracy - best.accuracy
             line["versus_best_seeds"] = [row["versus_best"] for row in ours if row["versus_best"]]
         lines.append(line)
     return lines
@@ -133,8 +133,8 @@ def _line_of_adapted(adapted: list[Comparison], budget: float, rows: list[dict[s
     line |= {"accuracy_low": low, "accuracy_high": high, "of_origin": accuracy / origin if origin else None}
     for name in ("average_tokens", "llm_flops"):
         line[name] = mean(row[name] for row in ours)
-    if (best := _best_baseline(rows)) is not None:
-        line["best_baseline"], line["versus_best"] = best["method"], accuracy - best["accuracy"]
+    if (best := best_baseline(Row(**row) for row in rows)) is not None:
+        line["best_baseline"], line["versus_best"] = best.method, accuracy - best.accuracy
         line["versus_best_seeds"] = []
     return [line]
 
@@ -151,11 +151,6 @@ def _lines_of_adapted_baselines(
             share = line["accuracy"] / origin if origin and row["reason"] is None else None
             lines.append(line | {"method": f"{row['method']}, {ADAPTED}", "of_origin": share, "agreement": None})
     return lines
-
-
-def _best_baseline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    reached = (row for row in rows if row["kind"] == BASELINE and row["reason"] is None)
-    return max(reached, key=lambda row: row["accuracy"], default=None)
 
 
 def write_transfer(
