@@ -46,9 +46,9 @@ def accelerate(
 ) -> FastHandle:
     """Run the decoder of a LLaVA model in CUDA graphs, in place: in modes origin and hard, wherever `generate` runs.
 
-    What graphs can not do (masked and soft mode, hooks, LoRA that is not merged, quantised layers, attentions as
-    output, a CPU) runs on the plain path, with one warning a reason. Generations share their key-value memory, so a
-    cache is valid until the next prefill.
+    What graphs can not do (masked and soft mode, hooks, LoRA that is not merged, quantised layers, autocast,
+    attentions as output, a CPU) runs on the plain path, with one warning a reason. Generations share their key-value
+    memory, so a cache is valid until the next prefill.
 
     Args:
         model: with or without pruners; they may be attached, changed and detached later.
