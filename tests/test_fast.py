@@ -215,6 +215,18 @@ def test_a_turn_of_several_tokens_is_one_call(pruned):
     torch.testing.assert_close(together, torch.cat(one_by_one, 1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_turns_of_several_tokens_keep_no_memory(pruned, inference):
+    inputs, kept = batch_of(**INPUTS), set()
+    with accelerate(pruned, **SMALL) as fast, torch.inference_mode(inference), torch.no_grad():
+        for tokens in (2, 5, 9):
+            cache = pruned(**inputs, use_cache=True).past_key_values
+            mask = _longer(find_handle(pruned).state.record.layout.valid, tokens)
+            pruned(input_ids=torch.full((3, tokens), 7), attention_mask=mask, past_key_values=cache)
+            kept.add(frozenset(fast._buffers))
+    assert len(kept) == 1
+
+
 def _longer(mask, tokens):
     return torch.cat([mask, mask.new_ones(len(mask), tokens)], 1)
 
