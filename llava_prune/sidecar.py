@@ -44,22 +44,20 @@ class Sidecar:
         output = self._generate(*args, **kwargs)
         _synchronise()
         seconds = time.perf_counter() - start
-        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        # several sequences may be returned of each sample
-        batch = len(given if given is not None else output if isinstance(output, torch.Tensor) else output.sequences)
+        lines = self._lines(samples_of(args, kwargs, output), seconds)
         with self.path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self._lines(batch, seconds))
+            file.writelines(json.dumps(line) + "\n" for line in lines)
         return output
 
-    def _lines(self, batch: int, seconds: float) -> list[dict[str, Any]]:
+    def _lines(self, samples: int, seconds: float) -> list[dict[str, Any]]:
         mode = self.handle.state.mode
         if self.handle.state.record is None:
-            return [{"mode": mode, "vision_tokens": 0, "seconds": seconds}] * batch
+            return [{"mode": mode, "vision_tokens": 0, "seconds": seconds}] * samples
         report = last_report(self.model)
         record = self.handle.state.record
         computed = dataclasses.replace(report, tokens_per_layer=computed_tokens(record, report))
+        report, computed = report.of_samples(samples), computed.of_samples(samples)
         flops = llm_flops(self.handle, computed, record.mode != "origin")
-        copies = max(1, len(report.average_tokens) // batch)  # of each sample, in beam search and sampling
         return [
             {
                 "mode": mode,
@@ -71,8 +69,14 @@ class Sidecar:
                 "llm_flops": float(flops[row]),
                 "seconds": seconds,
             }
-            for row in range(0, batch * copies, copies)
+            for row in range(samples)
         ]
+
+
+def samples_of(args: tuple, kwargs: dict[str, Any], output: Any) -> int:
+    """Samples of a `generate` call, of each of which several sequences may be returned."""
+    given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    return len(given if given is not None else output if isinstance(output, torch.Tensor) else output.sequences)
 
 
 def _synchronise() -> None:
