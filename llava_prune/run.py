@@ -10,6 +10,7 @@ before the program imports it, and put back afterwards. Nothing else of LLaVA is
 from __future__ import annotations
 
 import argparse
+import inspect
 import multiprocessing
 import runpy
 import sys
@@ -65,9 +66,10 @@ def pruned_loading(attach: Callable[[nn.Module], Any], report: str | None) -> It
     loaded: list[nn.Module] = []
 
     def load_pretrained_model(*args: Any, **kwargs: Any) -> tuple:
+        call = inspect.signature(original).bind(*args, **kwargs)
         if on_cpu:
-            kwargs["device"] = "cpu"
-        tokenizer, model, image_processor, context_length = original(*args, **kwargs)
+            call.arguments["device"] = "cpu"
+        tokenizer, model, image_processor, context_length = original(*call.args, **call.kwargs)
         if on_cpu:
             model.float()
         attach(model)

@@ -1,5 +1,6 @@
 """LLaVA's own evaluation program with pruners attached, without CUDA, and what is made of its output."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import pytest
 import torch
 from launch import ROOT, environment
 from PIL import Image
-from tiny import randomise_pruners
+from tiny import randomise_pruners, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, save_pruners
 from llava_prune.cuda_to_cpu import CudaToCpu
 from llava_prune.run import main as run
+from llava_prune.run import pruned_loading
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3, 5), target_token_num=41, pruner_dim=16, pruner_heads=4)
 
@@ -127,6 +129,30 @@ def test_what_can_not_run_is_said_before_anything_is_loaded(tmp_path):
     ):
         with pytest.raises(SystemExit, match=message):
             run(["--mode", "origin", *words])
+
+
+@pytest.fixture
+def loader(tower_folder, monkeypatch):
+    """A tiny model where LLaVA's loader would read one, and the device it was asked for where a length would be."""
+    from llava.model import builder
+
+    signature = inspect.signature(builder.load_pretrained_model)
+
+    def load_pretrained_model(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        return None, tiny_llava(tower_folder), None, call.arguments["device"]
+
+    load_pretrained_model.__signature__ = signature
+    monkeypatch.setattr(builder, "load_pretrained_model", load_pretrained_model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", [("auto", "cuda"), ("auto",), ()], ids=["device", "device_map", "neither"])
+def test_programs_may_name_the_device_by_position(loader, device):
+    from llava.model import builder
+
+    with pruned_loading(lambda model: None, None):
+        assert builder.load_pretrained_model("path", None, "llava", False, False, *device)[-1] == "cpu"
 
 
 def test_cuda_and_half_become_cpu_and_float_only_within_the_block():
