@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .patch import require_handle
+from .patch import handle_of, require_handle
 from .report import computed_tokens, last_report, llm_flops
 
 
@@ -21,23 +21,27 @@ class Sidecar:
     Lines follow the order of the calls, and within a call that of its samples:
     `{"mode", "vision_tokens", "text_tokens", "tokens_per_layer", "average_tokens", "kept", "llm_flops", "seconds"}`;
     `kept` maps a pruning layer to indices among the sample's vision tokens, `llm_flops` counts the prefill as it ran,
-    `seconds` is the call's wall time. A sample without image has `vision_tokens` 0.
+    `seconds` is the call's wall time. A sample without image has `vision_tokens` 0. Once the pruners are detached
+    nothing is written.
 
     Args:
         model: a model with pruners attached.
-        path: overwritten.
+        path: overwritten, unless `append`.
+        append: write behind what is there, of another model of the same run.
     """
 
-    def __init__(self, model: nn.Module, path: str | Path):
+    def __init__(self, model: nn.Module, path: str | Path, append: bool = False):
         self.model = model
         self.handle = require_handle(model)
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # the program may go to another folder
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
+        self.path.open("a" if append else "w").close()
         self._generate = model.generate
         model.generate = self._timed_generate
 
     def _timed_generate(self, *args: Any, **kwargs: Any) -> Any:
+        if handle_of(self.handle.decoder) is not self.handle:
+            return self._generate(*args, **kwargs)
         self.handle.state.record = None
         _synchronise()
         start = time.perf_counter()

@@ -16,6 +16,7 @@ from llava_prune import PruneConfig, attach_pruners, save_pruners
 from llava_prune.cuda_to_cpu import CudaToCpu
 from llava_prune.run import main as run
 from llava_prune.run import pruned_loading
+from llava_prune.sidecar import read_sidecar
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3, 5), target_token_num=41, pruner_dim=16, pruner_heads=4)
 
@@ -153,6 +154,30 @@ def test_programs_may_name_the_device_by_position(loader, device):
 
     with pruned_loading(lambda model: None, None):
         assert builder.load_pretrained_model("path", None, "llava", False, False, *device)[-1] == "cpu"
+
+
+WANDERING = """
+import os
+from llava.model import builder
+from tiny import batch_of
+
+os.mkdir("elsewhere")
+os.chdir("elsewhere")
+for lengths in ([9, 12], [9]):
+    model = builder.load_pretrained_model("path", None, "llava", device="cuda")[1]
+    inputs = batch_of(lengths, [1] * len(lengths))
+    model.generate(inputs["input_ids"], images=inputs["images"], max_new_tokens=1)
+"""
+
+
+def test_a_report_is_where_it_was_asked_for_with_the_lines_of_every_model(loader, tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text(WANDERING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "r.jsonl").write_text("of an earlier run\n")
+    run(["--mode", "origin", "--report", "r.jsonl", "-m", "program.py"])
+    assert [line["vision_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16, 16, 16]
 
 
 def test_cuda_and_half_become_cpu_and_float_only_within_the_block():
