@@ -13,6 +13,7 @@ from torch import nn
 
 from .patch import handle_of, require_handle
 from .report import computed_tokens, last_report, llm_flops
+from .state import ForwardRecord
 
 
 class Sidecar:
@@ -21,8 +22,8 @@ class Sidecar:
     Lines follow the order of the calls, and within a call that of its samples:
     `{"mode", "vision_tokens", "text_tokens", "tokens_per_layer", "average_tokens", "kept", "llm_flops", "seconds"}`;
     `kept` maps a pruning layer to indices among the sample's vision tokens, `llm_flops` counts the prefill as it ran,
-    `seconds` is the call's wall time. A sample without image has `vision_tokens` 0. Once the pruners are detached
-    nothing is written.
+    `seconds` is the call's wall time. A sample without image has `vision_tokens` 0, and so has one that goes
+    on with a key-value cache. Once the pruners are detached nothing is written.
 
     Args:
         model: a model with pruners attached.
@@ -42,23 +43,23 @@ class Sidecar:
     def _timed_generate(self, *args: Any, **kwargs: Any) -> Any:
         if handle_of(self.handle.decoder) is not self.handle:
             return self._generate(*args, **kwargs)
-        self.handle.state.record = None
+        before = self.handle.state.record  # a chat goes on with it
         _synchronise()
         start = time.perf_counter()
         output = self._generate(*args, **kwargs)
         _synchronise()
         seconds = time.perf_counter() - start
-        lines = self._lines(samples_of(args, kwargs, output), seconds)
+        record = self.handle.state.record
+        lines = self._lines(None if record is before else record, samples_of(args, kwargs, output), seconds)
         with self.path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         return output
 
-    def _lines(self, samples: int, seconds: float) -> list[dict[str, Any]]:
+    def _lines(self, record: ForwardRecord | None, samples: int, seconds: float) -> list[dict[str, Any]]:
         mode = self.handle.state.mode
-        if self.handle.state.record is None:
+        if record is None:
             return [{"mode": mode, "vision_tokens": 0, "seconds": seconds}] * samples
         report = last_report(self.model)
-        record = self.handle.state.record
         computed = dataclasses.replace(report, tokens_per_layer=computed_tokens(record, report))
         report, computed = report.of_samples(samples), computed.of_samples(samples)
         flops = llm_flops(self.handle, computed, record.mode != "origin")

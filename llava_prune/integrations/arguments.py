@@ -52,9 +52,9 @@ class KeptTokens:
         model.generate = self._counted_generate
 
     def _counted_generate(self, *args: Any, **kwargs: Any) -> Any:
-        self.state.record = None
+        before = self.state.record  # a chat goes on with it
         output = self._generate(*args, **kwargs)
-        if self.state.record is not None:  # none of its samples had an image otherwise
+        if self.state.record is not None and self.state.record is not before:  # else there was no new image
             report = last_report(self.model).of_samples(samples_of(args, kwargs, output))
             seen = report.vision_tokens > 0
             self.average_tokens += report.average_tokens[seen].tolist()

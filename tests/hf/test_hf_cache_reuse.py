@@ -10,7 +10,9 @@ from tiny_hf import IMAGE_TOKEN, batch_of, randomise_pruners, tiny
 from llava_prune import accelerate, attach_pruners, prune_mode
 from llava_prune.baselines import attach_baseline
 from llava_prune.compat import change_cache
+from llava_prune.integrations.arguments import DEFAULTS, KeptTokens
 from llava_prune.patch import find_handle
+from llava_prune.sidecar import read_sidecar
 
 REFUSED = "prefill the whole prompt again"
 
@@ -146,6 +148,16 @@ def test_what_does_not_fit_a_cache_of_merged_tokens_is_refused():
             model.generate(**{**chat, **change}, past_key_values=cache, **GREEDY)
     with pytest.raises(ValueError, match="leave position_ids out"):
         go_on(model, cache, ids[:, -5:], mask, position_ids=torch.arange(29, 34)[None])
+
+
+def test_a_chat_goes_on_under_what_counts_its_tokens(tmp_path):
+    model = tiny()
+    kept = KeptTokens(model, {**DEFAULTS, "baseline": "fastv", "average_tokens": 8, "report": tmp_path / "r.jsonl"})
+    for _ in range(2):
+        _, cache, chat = chat_of(model, [9, 14], [1, 2])
+        model.generate(**chat, past_key_values=cache, **GREEDY)
+    assert [line["vision_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16, 32, 0, 0] * 2
+    assert kept.summary().endswith("of 24.0 over 4 samples")
 
 
 def test_a_new_image_is_refused():
