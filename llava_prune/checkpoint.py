@@ -139,10 +139,9 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG} in {directory}: give the output directory of a finished training")
     try:
-        description = json.loads(path.read_text())
-        base = description["base_model"]
-        description["prune_config"], base["name"], base["hidden_size"], base["num_layers"]  # noqa: B018 - must be there
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        _check_shape(description)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again from where it was trained") from error
     version = description.get("format_version")
     if version != FORMAT_VERSION:
@@ -152,6 +151,22 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         )
     description["prune_config"].setdefault("pruner_qk_norm", False)  # of files from before there was such a thing
     return description
+
+
+def _check_shape(description: Any) -> None:
+    """Raises KeyError or TypeError where a description lacks what every one has."""
+    config, base = description["prune_config"], description["base_model"]
+    for name, value, kind in (
+        ("prune_config", config, dict),
+        ("base_model.name", base["name"], str),
+        ("base_model.hidden_size", base["hidden_size"], int),
+        ("base_model.num_layers", base["num_layers"], int),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}")
+    fractions = description.get("keep_fractions")
+    if fractions is not None and len(fractions) != len(config["pruning_layers"]):
+        raise TypeError(f"{len(fractions)} keep_fractions for {len(config['pruning_layers'])} pruning layers")
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Fewer placeholders for fewer features: Hugging Face's `input_ids` hold one for each vision token.
 
 The outer model's `forward` and `generate` are bound; both take the processor's inputs as they are. What makes the
-features fewer, a token merger or a baseline, is a hook on the projector.
+features fewer, a token merger or a baseline, is a hook on the projector. A key-value cache knows what it began with:
+the call that goes on with it has no image, and may be in another mode.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compat import bind_arguments
+from .compat import bind_arguments, cache_length, cache_of
 from .layout import IGNORE_INDEX
 from .state import PruneState
+
+_SHRUNK = "llava_prune_shrunk"  # attribute of a key-value cache
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class Shrunk:
         ids: (B, W) the new `input_ids`.
         index: (B, W) long, old position of each new one.
         valid: (B, W) bool, False at filler, which only a batch with unequal numbers of images has.
+        length: T, positions there were before.
     """
 
     ids: Tensor
     index: Tensor
     valid: Tensor
+    length: int
 
     @classmethod
     def of(cls, ids: Tensor, image_token: int, tokens: int, keep: int) -> Shrunk:
@@ -42,16 +47,38 @@ class Shrunk:
         order = torch.sort(present.to(torch.uint8), dim=-1, stable=True).indices[:, -width:]
         valid = present.gather(1, order)
         filler = 0 if image_token else 1  # any token but a placeholder
-        return cls(ids.gather(1, order).masked_fill(~valid, filler), order, valid)
+        return cls(ids.gather(1, order).masked_fill(~valid, filler), order, valid, ids.shape[1])
+
+    @property
+    def left_out(self) -> int:
+        """Positions that are gone."""
+        return self.length - self.index.shape[1]
+
+    def copied(self, rows: int) -> Shrunk:
+        """So many rows, the copies of a sample side by side, as beam search returns them."""
+        copies = rows // len(self.ids)
+        return Shrunk(*(x.repeat_interleave(copies, 0) for x in (self.ids, self.index, self.valid)), self.length)
+
+    def begins(self, ids: Tensor) -> bool:
+        """Whether (B * copies, at least T) `input_ids` begin with what was there before."""
+        if ids.shape[1] < self.length or len(ids) % len(self.ids):
+            return False
+        own = self.copied(len(ids))
+        return bool((ids.gather(1, own.index) == own.ids)[own.valid].all())
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """The attention mask of what is left, and of what follows."""
+        left = mask.gather(1, self.index) * self.valid.to(mask.dtype)
+        return torch.cat([left, mask[:, self.length :]], 1)
 
     def apply(self, call: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of `forward` or `generate`, shrunk."""
+        """The inputs of `forward` or `generate`, shrunk; more text may follow in them."""
         mask = call.get("attention_mask")
         if mask is None and not bool(self.valid.all()):
             mask = torch.ones_like(call["input_ids"])
-        shrunk = {**call, "input_ids": self.ids}
+        shrunk = {**call, "input_ids": torch.cat([self.ids, call["input_ids"][:, self.length :]], 1)}
         if mask is not None:
-            shrunk["attention_mask"] = mask.gather(1, self.index) * self.valid.to(mask.dtype)
+            shrunk["attention_mask"] = self.of_mask(mask)
         if call.get("labels") is not None:
             shrunk["labels"] = call["labels"].gather(1, self.index).masked_fill(~self.valid, IGNORE_INDEX)
         for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):
@@ -88,21 +115,81 @@ class Shrinking:
         return shrunk, inputs
 
 
+def _begun_with(call: dict[str, Any]) -> Shrunk | None:
+    """What the cache of a call began with, or None where nothing in it was shrunk.
+
+    Raises:
+        ValueError: an image is given with such a cache.
+    """
+    cache = cache_of(call)
+    shrunk = getattr(cache, _SHRUNK, None)
+    if shrunk is None:
+        return None
+    if not cache_length(cache, 0):  # it was emptied for another prompt
+        _mark(cache, None)
+        return None
+    if call.get("pixel_values") is not None:
+        raise ValueError(
+            "an image was given with a key-value cache that is in use: leave pixel_values out to go on with text, or "
+            "prefill the whole prompt again"
+        )
+    return shrunk
+
+
+def _mark(cache: Any, shrunk: Shrunk | None) -> None:
+    if cache is not None:
+        setattr(cache, _SHRUNK, shrunk)
+
+
+def _with_shorter_mask(call: dict[str, Any], begun: Shrunk) -> dict[str, Any]:
+    """A call of new tokens alone, whose attention mask counts the prompt as it was, or else as its cache holds it.
+
+    Raises:
+        ValueError: it counts neither, or there are `position_ids`, which count nobody knows what.
+    """
+    mask = call.get("attention_mask")
+    new = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+    held = cache_length(cache_of(call), 0) + new.shape[1]
+    whole = held + begun.left_out
+    if mask is None or mask.dim() != 2 or mask.shape[1] == held < whole:
+        return call
+    if mask.shape[1] != whole or len(mask) % len(begun.ids):
+        raise ValueError(
+            f"the attention_mask is {tuple(mask.shape)}, and the key-value cache of {len(begun.ids)} prompts lacks "
+            f"{begun.left_out} of their placeholders: give it {whole} positions, or {held} without those"
+        )
+    if call.get("position_ids") is not None:
+        raise ValueError(
+            "position_ids beside the attention_mask of a prompt, of which the key-value cache lacks placeholders: "
+            f"leave position_ids out, or give both as the cache counts, the mask with {held} positions"
+        )
+    return {**call, "attention_mask": begun.copied(len(mask)).of_mask(mask)}
+
+
 def shrinking_forward(original: Callable, shrinking: Shrinking) -> Callable:
     """The model's `forward`; logits have the length they were asked for, zero at placeholders that are gone.
 
-    The key-value cache it returns holds the shorter sequence: go on with `generate`.
+    The key-value cache it returns holds the shorter sequence. Go on with `generate` on all the `input_ids`, or with
+    `forward` on the new ones; the attention mask may count what is gone.
     """
     bind = bind_arguments(original)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if shrinking.state.generating is not None:
+            output = original(*args, **kwargs)
+            _mark(output.past_key_values, shrinking.state.generating)
+            return output
         call = bind(args, kwargs)
-        smaller = None if shrinking.state.inside_generate else shrinking(call)
+        begun = _begun_with(call)
+        if begun is not None:
+            return original(**_with_shorter_mask(call, begun))
+        smaller = shrinking(call)
         if smaller is None:
             return original(*args, **kwargs)
         shrunk, inputs = smaller
         output = original(**{**inputs, "return_dict": True})
+        _mark(output.past_key_values, shrunk)
         if output.logits.shape[1] == shrunk.index.shape[1]:
             full = output.logits.new_zeros(*call["input_ids"].shape, output.logits.shape[-1])
             index = shrunk.index[..., None].expand_as(output.logits)
@@ -128,33 +215,59 @@ def _whole_lengths(inputs: dict[str, Any], config: Any) -> dict[str, int]:
     return found
 
 
+def _are_new_alone(call: dict[str, Any]) -> bool:
+    """Whether `generate` is given the new tokens of a chat and not all of it; the host reads it off the mask too."""
+    mask, ids = call.get("attention_mask"), call.get("input_ids")
+    return ids is None or mask is not None and mask.shape[1] != ids.shape[1]
+
+
+def _whole(call: dict[str, Any], begun: Shrunk) -> tuple[Shrunk, dict[str, Any]]:
+    """A chat and the inputs of its call, shrunk as its beginning was.
+
+    Raises:
+        ValueError: it begins otherwise.
+    """
+    ids = call["input_ids"]
+    if not begun.begins(ids):
+        raise ValueError(
+            f"these input_ids do not begin with the {begun.length} of each sample that the key-value cache was filled "
+            "from, padding included: give them with the new ones behind, or prefill the whole prompt again"
+        )
+    return begun, begun.copied(len(ids)).apply(call)
+
+
 def shrinking_generate(original: Callable, shrinking: Shrinking) -> Callable:
     """The model's `generate`, whose output starts with the prompt as it was given."""
 
-    bind = bind_arguments(original)
+    bind, state = bind_arguments(original), shrinking.state
+
+    def run(inputs: dict[str, Any], shrunk: Shrunk) -> Any:
+        state.generating = shrunk
+        try:
+            return original(**inputs)
+        finally:
+            state.generating = None
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
         call = bind(args, kwargs)
         if call.get("inputs") is not None:
             call["input_ids"] = call.pop("inputs")
-        smaller = shrinking(call)
+        begun = _begun_with(call)
+        if begun is not None and _are_new_alone(call):
+            return run(_with_shorter_mask(call, begun), begun)
+        smaller = shrinking(call) if begun is None else _whole(call, begun)
         if smaller is None:
             return original(*args, **kwargs)
         shrunk, inputs = smaller
-        left_out = call["input_ids"].shape[1] - shrunk.index.shape[1]
         config = inputs.get("generation_config") or shrinking.model.generation_config
-        inputs |= {name: value - left_out for name, value in _whole_lengths(inputs, config).items()}
-        shrinking.state.inside_generate = True
-        try:
-            output = original(**inputs)
-        finally:
-            shrinking.state.inside_generate = False
+        inputs |= {name: value - shrunk.left_out for name, value in _whole_lengths(inputs, config).items()}
+        output = run(inputs, shrunk)
         plain = isinstance(output, Tensor)
         sequences = output if plain else output.sequences
         ids = call["input_ids"]
         prompt = ids.repeat_interleave(len(sequences) // len(ids), 0)
-        sequences = torch.cat([prompt, sequences[:, shrunk.index.shape[1] :]], -1)
+        sequences = torch.cat([prompt, sequences[:, inputs["input_ids"].shape[1] :]], -1)
         if plain:
             return sequences
         output.sequences = sequences

@@ -45,6 +45,15 @@ class Report:
 
         return Report(**{field.name: moved(getattr(self, field.name)) for field in fields(self)})
 
+    def of_samples(self, samples: int) -> Report:
+        """A row for each sample, of which beam search and sampling may hold copies side by side."""
+        copies = max(1, len(self.average_tokens) // samples)
+
+        def first(value: Tensor | dict[int, list[Tensor]]) -> Tensor | dict[int, list[Tensor]]:
+            return {k: rows[::copies] for k, rows in value.items()} if isinstance(value, dict) else value[::copies]
+
+        return Report(**{field.name: first(getattr(self, field.name)) for field in fields(self)})
+
 
 def last_report(model: nn.Module) -> Report:
     """What the latest forward of `model` kept.

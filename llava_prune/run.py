@@ -10,6 +10,7 @@ before the program imports it, and put back afterwards. Nothing else of LLaVA is
 from __future__ import annotations
 
 import argparse
+import inspect
 import multiprocessing
 import runpy
 import sys
@@ -65,15 +66,16 @@ def pruned_loading(attach: Callable[[nn.Module], Any], report: str | None) -> It
     loaded: list[nn.Module] = []
 
     def load_pretrained_model(*args: Any, **kwargs: Any) -> tuple:
+        call = inspect.signature(original).bind(*args, **kwargs)
         if on_cpu:
-            kwargs["device"] = "cpu"
-        tokenizer, model, image_processor, context_length = original(*args, **kwargs)
+            call.arguments["device"] = "cpu"
+        tokenizer, model, image_processor, context_length = original(*call.args, **call.kwargs)
         if on_cpu:
             model.float()
         attach(model)
-        loaded.append(model)
         if report:
-            Sidecar(model, report)
+            Sidecar(model, report, append=bool(loaded))
+        loaded.append(model)
         return tokenizer, model, image_processor, context_length
 
     builder.load_pretrained_model = load_pretrained_model
@@ -121,6 +123,9 @@ def main(argv: list[str]) -> None:
     if sys.platform == "linux":
         # LLaVA's loader reads a module global in its workers, which only fork hands on
         multiprocessing.set_start_method("fork", force=True)
+    for name in ("pruners", "report"):  # the program may go to another folder
+        if getattr(args, name):
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
     sys.argv = [program, *rest]
     with pruned_loading(partial(attach_as_asked, args), args.report) as loaded:
         if program.endswith(".py"):

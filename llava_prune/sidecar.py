@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .patch import require_handle
+from .patch import handle_of, require_handle
 from .report import computed_tokens, last_report, llm_flops
+from .state import ForwardRecord
 
 
 class Sidecar:
@@ -21,45 +22,47 @@ class Sidecar:
     Lines follow the order of the calls, and within a call that of its samples:
     `{"mode", "vision_tokens", "text_tokens", "tokens_per_layer", "average_tokens", "kept", "llm_flops", "seconds"}`;
     `kept` maps a pruning layer to indices among the sample's vision tokens, `llm_flops` counts the prefill as it ran,
-    `seconds` is the call's wall time. A sample without image has `vision_tokens` 0.
+    `seconds` is the call's wall time. A sample without image has `vision_tokens` 0, and so has one that goes
+    on with a key-value cache. Once the pruners are detached nothing is written.
 
     Args:
         model: a model with pruners attached.
-        path: overwritten.
+        path: overwritten, unless `append`.
+        append: write behind what is there, of another model of the same run.
     """
 
-    def __init__(self, model: nn.Module, path: str | Path):
+    def __init__(self, model: nn.Module, path: str | Path, append: bool = False):
         self.model = model
         self.handle = require_handle(model)
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # the program may go to another folder
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
+        self.path.open("a" if append else "w").close()
         self._generate = model.generate
         model.generate = self._timed_generate
 
     def _timed_generate(self, *args: Any, **kwargs: Any) -> Any:
-        self.handle.state.record = None
+        if handle_of(self.handle.decoder) is not self.handle:
+            return self._generate(*args, **kwargs)
+        before = self.handle.state.record  # a chat goes on with it
         _synchronise()
         start = time.perf_counter()
         output = self._generate(*args, **kwargs)
         _synchronise()
         seconds = time.perf_counter() - start
-        given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        # several sequences may be returned of each sample
-        batch = len(given if given is not None else output if isinstance(output, torch.Tensor) else output.sequences)
+        record = self.handle.state.record
+        lines = self._lines(None if record is before else record, samples_of(args, kwargs, output), seconds)
         with self.path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self._lines(batch, seconds))
+            file.writelines(json.dumps(line) + "\n" for line in lines)
         return output
 
-    def _lines(self, batch: int, seconds: float) -> list[dict[str, Any]]:
+    def _lines(self, record: ForwardRecord | None, samples: int, seconds: float) -> list[dict[str, Any]]:
         mode = self.handle.state.mode
-        if self.handle.state.record is None:
-            return [{"mode": mode, "vision_tokens": 0, "seconds": seconds}] * batch
+        if record is None:
+            return [{"mode": mode, "vision_tokens": 0, "seconds": seconds}] * samples
         report = last_report(self.model)
-        record = self.handle.state.record
         computed = dataclasses.replace(report, tokens_per_layer=computed_tokens(record, report))
+        report, computed = report.of_samples(samples), computed.of_samples(samples)
         flops = llm_flops(self.handle, computed, record.mode != "origin")
-        copies = max(1, len(report.average_tokens) // batch)  # of each sample, in beam search and sampling
         return [
             {
                 "mode": mode,
@@ -71,8 +74,14 @@ class Sidecar:
                 "llm_flops": float(flops[row]),
                 "seconds": seconds,
             }
-            for row in range(0, batch * copies, copies)
+            for row in range(samples)
         ]
+
+
+def samples_of(args: tuple, kwargs: dict[str, Any], output: Any) -> int:
+    """Samples of a `generate` call, of each of which several sequences may be returned."""
+    given = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    return len(given if given is not None else output if isinstance(output, torch.Tensor) else output.sequences)
 
 
 def _synchronise() -> None:

@@ -115,4 +115,4 @@ class PruneState:
     stock_features: dict[int, Tensor] | None = None
     reduction: Any = None  # of the images just encoded, by a baseline
     loss_only: bool = False  # nobody reads the logits of the running step but the loss
-    inside_generate: bool = False  # of a Hugging Face model whose inputs were shrunk
+    generating: Any = None  # inside `generate` of a Hugging Face model, how its inputs were shrunk

@@ -97,6 +97,32 @@ def test_missing_and_damaged_files(saved, llava, tmp_path):
     assert find_handle(llava) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prune_config": None}, "prune_config is None"),
+        ({"prune_config": []}, r"prune_config is \[\]"),
+        ({"base_model": None}, "NoneType"),
+        ({"base_model": {"name": None, "hidden_size": 32, "num_layers": 6}}, "base_model.name is None"),
+        ({"base_model": {"name": "a", "hidden_size": "32", "num_layers": 6}}, "base_model.hidden_size is '32'"),
+        ({"keep_fractions": [0.5]}, "1 keep_fractions for 2 pruning layers"),
+        ({"keep_fractions": 0.5}, "float"),
+    ],
+)
+def test_a_description_of_another_shape_is_damaged(saved, llava, change, message):
+    description = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps({**description, **change}))
+    with pytest.raises(ValueError, match=f"{CONFIG} is damaged.*{message}"):
+        load_pruners(llava, saved)
+    assert find_handle(llava) is None
+
+
+def test_a_description_that_is_no_text_is_damaged(saved, llava):
+    (saved / CONFIG).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is damaged.*copy it again"):
+        load_pruners(llava, saved)
+
+
 def test_another_format_is_refused_by_its_number(saved, llava):
     description = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps({**description, "format_version": 1}))

@@ -153,6 +153,21 @@ def test_hidden_states_are_those_of_the_plain_path(pruned):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@torch.no_grad()
+def test_autocast_goes_the_plain_way_and_a_cache_of_graphs_does_not_go_there(pruned):
+    inputs, autocast = batch_of(**INPUTS), partial(torch.autocast, "cpu", torch.bfloat16)
+    with autocast():
+        expected = answer(pruned, inputs)
+    with accelerate(pruned, **SMALL) as fast:
+        with autocast(), pytest.warns(UserWarning, match="torch.autocast is on"):
+            assert torch.equal(answer(pruned, inputs), expected)
+        assert len(fast.graphs) == 0
+        cache = pruned(**inputs, use_cache=True).past_key_values
+        mask = _longer(find_handle(pruned).state.record.layout.valid, 1)
+        with autocast(), pytest.raises(ValueError, match="can not go on where torch.autocast is on"):
+            pruned(input_ids=torch.tensor([[7]] * 3), attention_mask=mask, past_key_values=cache)
+
+
 def test_masked_mode_and_gradients_go_the_plain_way_without_a_word(pruned):
     inputs = batch_of(**INPUTS)
     with accelerate(pruned, **SMALL) as fast, warnings.catch_warnings():
@@ -198,6 +213,18 @@ def test_a_turn_of_several_tokens_is_one_call(pruned):
             new, seen = added[:, place : place + 1], _longer(mask, place + 1)
             one_by_one.append(pruned(input_ids=new, attention_mask=seen, past_key_values=cache).logits)
     torch.testing.assert_close(together, torch.cat(one_by_one, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_turns_of_several_tokens_keep_no_memory(pruned, inference):
+    inputs, kept = batch_of(**INPUTS), set()
+    with accelerate(pruned, **SMALL) as fast, torch.inference_mode(inference), torch.no_grad():
+        for tokens in (2, 5, 9):
+            cache = pruned(**inputs, use_cache=True).past_key_values
+            mask = _longer(find_handle(pruned).state.record.layout.valid, tokens)
+            pruned(input_ids=torch.full((3, tokens), 7), attention_mask=mask, past_key_values=cache)
+            kept.add(frozenset(fast._buffers))
+    assert len(kept) == 1
 
 
 def _longer(mask, tokens):

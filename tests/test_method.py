@@ -5,6 +5,7 @@ import torch
 from tiny import batch_of, randomise_pruners, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, detach_pruners, last_report, prune_mode, save_pruners
+from llava_prune.integrations.arguments import DEFAULTS, KeptTokens
 from llava_prune.method import attach_method
 from llava_prune.patch import find_handle
 from llava_prune.sidecar import Sidecar, read_sidecar
@@ -57,6 +58,14 @@ def test_a_sample_has_one_line_however_many_sequences_are_returned(llava, tmp_pa
     for _ in range(2):
         llava.generate(inputs["input_ids"], images=inputs["images"], max_new_tokens=2, **how)
     assert [line["vision_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16, 32] * 2
+
+
+def test_a_sample_counts_once_in_a_summary(llava):
+    kept = KeptTokens(llava, {**DEFAULTS, "baseline": "fastv", "average_tokens": 8})
+    inputs = batch_of([9, 9], [1, 2])
+    how = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 2}
+    llava.generate(inputs["input_ids"], images=inputs["images"], **how)
+    assert kept.summary() == "llava_prune: mode hard, 12.0 average tokens of 24.0 over 2 samples"
 
 
 @pytest.mark.parametrize(

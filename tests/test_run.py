@@ -1,18 +1,22 @@
 """LLaVA's own evaluation program with pruners attached, without CUDA, and what is made of its output."""
 
+import inspect
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from launch import ROOT, environment
 from PIL import Image
-from tiny import randomise_pruners
+from tiny import randomise_pruners, tiny_llava
 
 from llava_prune import PruneConfig, attach_pruners, save_pruners
 from llava_prune.cuda_to_cpu import CudaToCpu
 from llava_prune.run import main as run
+from llava_prune.run import pruned_loading
+from llava_prune.sidecar import read_sidecar
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3, 5), target_token_num=41, pruner_dim=16, pruner_heads=4)
 
@@ -128,6 +132,54 @@ def test_what_can_not_run_is_said_before_anything_is_loaded(tmp_path):
             run(["--mode", "origin", *words])
 
 
+@pytest.fixture
+def loader(tower_folder, monkeypatch):
+    """A tiny model where LLaVA's loader would read one, and the device it was asked for where a length would be."""
+    from llava.model import builder
+
+    signature = inspect.signature(builder.load_pretrained_model)
+
+    def load_pretrained_model(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        return None, tiny_llava(tower_folder), None, call.arguments["device"]
+
+    load_pretrained_model.__signature__ = signature
+    monkeypatch.setattr(builder, "load_pretrained_model", load_pretrained_model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", [("auto", "cuda"), ("auto",), ()], ids=["device", "device_map", "neither"])
+def test_programs_may_name_the_device_by_position(loader, device):
+    from llava.model import builder
+
+    with pruned_loading(lambda model: None, None):
+        assert builder.load_pretrained_model("path", None, "llava", False, False, *device)[-1] == "cpu"
+
+
+WANDERING = """
+import os
+from llava.model import builder
+from tiny import batch_of
+
+os.mkdir("elsewhere")
+os.chdir("elsewhere")
+for lengths in ([9, 12], [9]):
+    model = builder.load_pretrained_model("path", None, "llava", device="cuda")[1]
+    inputs = batch_of(lengths, [1] * len(lengths))
+    model.generate(inputs["input_ids"], images=inputs["images"], max_new_tokens=1)
+"""
+
+
+def test_a_report_is_where_it_was_asked_for_with_the_lines_of_every_model(loader, tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text(WANDERING)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "r.jsonl").write_text("of an earlier run\n")
+    run(["--mode", "origin", "--report", "r.jsonl", "-m", "program.py"])
+    assert [line["vision_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16, 16, 16]
+
+
 def test_cuda_and_half_become_cpu_and_float_only_within_the_block():
     x = torch.ones(2)
     with CudaToCpu():
@@ -135,6 +187,13 @@ def test_cuda_and_half_become_cpu_and_float_only_within_the_block():
         assert x.to(dtype=torch.float16, device="cuda").dtype == torch.float32 and x.half().dtype == torch.float32
         assert x.to(torch.int64).dtype == torch.int64
     assert x.half().dtype == torch.float16
+    assert not {"to", "cuda", "half"} & vars(torch.Tensor).keys()
+
+
+def test_other_threads_stay_on_the_cpu_too():
+    with CudaToCpu(), ThreadPoolExecutor(1) as pool:
+        moved = pool.submit(lambda: torch.ones(2).to("cuda", dtype=torch.float16)).result()
+    assert moved.device.type == "cpu" and moved.dtype == torch.float32
 
 
 def test_scripts_are_valid_shell():

@@ -46,9 +46,9 @@ def accelerate(
 ) -> FastHandle:
     """Run the decoder of a LLaVA model in CUDA graphs, in place: in modes origin and hard, wherever `generate` runs.
 
-    What graphs can not do (masked and soft mode, hooks, LoRA that is not merged, quantised layers, attentions as
-    output, a CPU) runs on the plain path, with one warning a reason. Generations share their key-value memory, so a
-    cache is valid until the next prefill.
+    What graphs can not do (masked and soft mode, hooks, LoRA that is not merged, quantised layers, autocast,
+    attentions as output, a CPU) runs on the plain path, with one warning a reason. Generations share their key-value
+    memory, so a cache is valid until the next prefill.
 
     Args:
         model: with or without pruners; they may be attached, changed and detached later.
@@ -321,12 +321,11 @@ class FastHandle:
         blocked = torch.zeros(batch, caches.room, dtype=torch.bool, device=embeds.device)
         if call.get("attention_mask") is not None:
             blocked[:, :end] = ~call["attention_mask"][:, -end:].bool()
-        fixed = (
-            self._buffer("embeds", embeds),
-            self._buffer("position", position.expand(batch, -1)),
-            self._buffer("blocked", blocked),
-        )
-        run = partial(decode, self.decoder.layers, self.decoder.norm, self._tables, caches, *fixed, self._parts)
+        given = {"embeds": embeds, "position": position.expand(batch, -1), "blocked": blocked}
+        if tokens == 1:  # several at once, of any number, run without a graph
+            given = {name: self._buffer(name, values) for name, values in given.items()}
+        shared = (self.decoder.layers, self.decoder.norm, self._tables, caches)
+        run = partial(decode, *shared, *given.values(), self._parts)
         if tokens == 1:
             key = ("token", batch, caches.spans, caches.widths, caches.room)
             hidden = self.graphs.get(key, run)()[0].clone()

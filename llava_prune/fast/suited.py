@@ -111,6 +111,8 @@ def call_reason(call: dict[str, Any], config: Any) -> str | None:
         if value or (value is None and getattr(config, name, False)):
             return f"{name} is asked for"
     given = call.get("input_ids") if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    if torch.is_autocast_enabled(given.device.type):
+        return "torch.autocast is on, which casts otherwise than what graphs and their key-value memory were made for"
     if given.shape[1] > config.max_position_embeddings:
         return f"the prompt is longer than max_position_embeddings, {config.max_position_embeddings}"
     mask = call.get("attention_mask")

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..method import attach_method
 from ..report import last_report
-from ..sidecar import Sidecar
+from ..sidecar import Sidecar, samples_of
 from ..state import PruneState
 
 # names in `--model_args` and in VLMEvalKit's partial(...), with their defaults; `report` is a file for `Sidecar`
@@ -52,10 +52,10 @@ class KeptTokens:
         model.generate = self._counted_generate
 
     def _counted_generate(self, *args: Any, **kwargs: Any) -> Any:
-        self.state.record = None
+        before = self.state.record  # a chat goes on with it
         output = self._generate(*args, **kwargs)
-        if self.state.record is not None:  # none of its samples had an image otherwise
-            report = last_report(self.model)
+        if self.state.record is not None and self.state.record is not before:  # else there was no new image
+            report = last_report(self.model).of_samples(samples_of(args, kwargs, output))
             seen = report.vision_tokens > 0
             self.average_tokens += report.average_tokens[seen].tolist()
             self.vision_tokens += report.vision_tokens[seen].tolist()

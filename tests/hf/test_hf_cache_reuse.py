@@ -1,13 +1,18 @@
 """A chat that goes on with the cache of its earlier turns: text may be added, anything else has to prefill again."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from law import settings
 from tiny_hf import IMAGE_TOKEN, batch_of, randomise_pruners, tiny
 
-from llava_prune import attach_pruners, prune_mode
+from llava_prune import accelerate, attach_pruners, prune_mode
+from llava_prune.baselines import attach_baseline
 from llava_prune.compat import change_cache
+from llava_prune.integrations.arguments import DEFAULTS, KeptTokens
 from llava_prune.patch import find_handle
+from llava_prune.sidecar import read_sidecar
 
 REFUSED = "prefill the whole prompt again"
 
@@ -69,6 +74,90 @@ def test_a_second_turn_of_generate_is_the_same_in_masked_and_hard():
             out = model.generate(**follow, past_key_values=out.past_key_values, max_new_tokens=12, do_sample=False)
             answers.append(out)
     assert torch.equal(*answers)
+
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [2, IMAGE_TOKEN]}  # no end, and no image
+
+
+def with_merger():
+    model = tiny()
+    merger = {"enable_token_merger": True, "merger_tokens": 4, "merger_heads": 4}
+    randomise_pruners(attach_pruners(model, settings(**merger)))
+    find_handle(model).state.mode = "hard"
+    return model
+
+
+def chat_of(model, lengths, images):
+    """The first prompt, its cache, and the whole chat with four more tokens."""
+    first = batch_of(model, list(lengths), list(images))
+    out = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+    ids = torch.cat([out.sequences, torch.tensor([[7, 8, 9, 10]] * len(lengths))], -1)
+    mask = torch.nn.functional.pad(first["attention_mask"], (0, 9), value=1)
+    return first, out.past_key_values, {"input_ids": ids, "attention_mask": mask}
+
+
+PROMPTS = {"one": ([9], [1]), "filler": ([9, 14], [1, 2]), "no image": ([9, 14, 6], [1, 2, 0])}
+
+
+@pytest.mark.parametrize("name", ["uniform", "pooling"])
+@pytest.mark.parametrize(("lengths", "images"), PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("new", ["all", "new alone"])
+@pytest.mark.parametrize("how", ["hard", "origin", "fast"])
+def test_a_chat_of_fewer_features_is_what_a_fresh_prefill_gives(name, lengths, images, new, how):
+    model = tiny()
+    attach_baseline(model, name, average_tokens=4)
+    first, _, chat = chat_of(model, lengths, images)
+    fresh = model.generate(**{**first, **chat}, **GREEDY)
+    with accelerate(model, emulate=True) if how == "fast" else nullcontext():
+        _, cache, _ = chat_of(model, lengths, images)
+        given = {**chat, "input_ids": chat["input_ids"][:, -5:]} if new == "new alone" else chat
+        with prune_mode(model, "origin" if how == "origin" else "hard"):  # the cache is what it is
+            answer = model.generate(**given, past_key_values=cache, **GREEDY)
+    assert torch.equal(answer, torch.cat([given["input_ids"], fresh[:, -5:]], 1))
+
+
+@pytest.mark.parametrize(("lengths", "images"), PROMPTS.values(), ids=PROMPTS)
+@torch.no_grad()
+def test_a_forward_on_merged_tokens_goes_on_by_generate_and_by_hand(lengths, images):
+    model = with_merger()
+    first = batch_of(model, lengths, images)
+    answer = model.generate(**first, **GREEDY)
+    start, mask = first["input_ids"].shape[1], torch.nn.functional.pad(first["attention_mask"], (0, 5), value=1)
+    output = model(**first, use_cache=True)
+    for step in range(start, start + 5):
+        output.logits[..., GREEDY["suppress_tokens"]] = -torch.inf
+        assert torch.equal(output.logits[:, -1].argmax(-1), answer[:, step])
+        output = go_on(model, output.past_key_values, answer[:, step : step + 1], mask[:, : step + 1])
+    if len(lengths) == 1:  # the positions of padded prompts are others in `generate`
+        cache = model(**first, use_cache=True).past_key_values
+        begun = {"input_ids": answer[:, :-4], "attention_mask": mask[:, :-4]}
+        assert torch.equal(model.generate(**begun, past_key_values=cache, **{**GREEDY, "max_new_tokens": 4}), answer)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_a_cache_of_merged_tokens_is_refused():
+    model = with_merger()
+    first, cache, chat = chat_of(model, [9], [1])
+    ids, mask = chat["input_ids"], chat["attention_mask"]
+    for change, message in (
+        ({"pixel_values": first["pixel_values"]}, "leave pixel_values out.*" + REFUSED),
+        ({"input_ids": torch.cat([ids[:, :1], ids], 1)[:, :-1]}, "do not begin with the 25"),
+        ({"input_ids": ids[:, -5:], "attention_mask": mask[:, 1:]}, "give it 34 positions, or 22 without those"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**{**chat, **change}, past_key_values=cache, **GREEDY)
+    with pytest.raises(ValueError, match="leave position_ids out"):
+        go_on(model, cache, ids[:, -5:], mask, position_ids=torch.arange(29, 34)[None])
+
+
+def test_a_chat_goes_on_under_what_counts_its_tokens(tmp_path):
+    model = tiny()
+    kept = KeptTokens(model, {**DEFAULTS, "baseline": "fastv", "average_tokens": 8, "report": tmp_path / "r.jsonl"})
+    for _ in range(2):
+        _, cache, chat = chat_of(model, [9, 14], [1, 2])
+        model.generate(**chat, past_key_values=cache, **GREEDY)
+    assert [line["vision_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16, 32, 0, 0] * 2
+    assert kept.summary().endswith("of 24.0 over 4 samples")
 
 
 def test_a_new_image_is_refused():

@@ -8,7 +8,7 @@ import torch
 from counted import counted, pruned_at, total
 from tiny_hf import KINDS, batch_of, randomise_pruners, tiny
 
-from llava_prune import PruneConfig, attach_pruners, last_report, prune_mode
+from llava_prune import PruneConfig, attach_pruners, detach_pruners, last_report, prune_mode
 from llava_prune.compat import vision_modules
 from llava_prune.convert import convert
 from llava_prune.flops import DecoderShape, TowerShape, kv_bytes, projector_flops, tower_flops
@@ -18,6 +18,7 @@ from llava_prune.reporting.costs import linear_widths
 from llava_prune.reporting.measure import observe
 from llava_prune.reporting.samples import HfInputs, make_batches, synthetic_samples
 from llava_prune.reporting.shapes import SHAPES, ModelShape, build_hf
+from llava_prune.sidecar import Sidecar, read_sidecar
 from llava_prune.testbed.install import install_base
 
 SETTINGS = PruneConfig(pruning_layers=(1, 3), target_sparsity=0.5, pruner_dim=16, pruner_heads=2)
@@ -151,3 +152,17 @@ def test_what_can_not_work_is_said_in_one_line(arguments, message, tmp_path):
     arguments = [str(install_base(tmp_path)) if argument == "LLAVA" else argument for argument in arguments]
     with pytest.raises(SystemExit, match=message):
         main(arguments)
+
+
+def test_a_sidecar_ends_with_the_pruners(tmp_path):
+    model = tiny()
+    handle = attach_pruners(model, SETTINGS)
+    inputs = batch_of(model, [9, 14], [1, 2])
+    Sidecar(model, tmp_path / "r.jsonl")
+    model.generate(**inputs, max_new_tokens=1)
+    with handle.suspended():
+        model.generate(**inputs, max_new_tokens=1)
+    model.generate(**inputs, max_new_tokens=1)
+    detach_pruners(model)
+    model.generate(**inputs, max_new_tokens=1)
+    assert [line["vision_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16, 32] * 2
