@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+_MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.half}
 
 
-class CudaToCpu:
-    """Within the block, tensors asked to go to 'cuda' stay on the CPU, and those asked to be fp16 become fp32.
+class CudaToCpu(TorchFunctionMode):
+    """Within the block, tensors asked to go to 'cuda' stay on the CPU, and those asked to be fp16 become fp32."""
 
-    Methods of `torch.Tensor` stand in for those it inherits, since a torch function mode is the calling thread's alone
-    and programs prepare their inputs in others.
-    """
-
-    def __enter__(self) -> CudaToCpu:
-        for name, method in (("to", _to(torch.Tensor.to)), ("cuda", _cuda), ("half", torch.Tensor.float)):
-            setattr(torch.Tensor, name, method)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for name in ("to", "cuda", "half"):
-            delattr(torch.Tensor, name)
-
-
-def _to(original: Callable) -> Callable:
-    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return original(tensor, *map(_on_cpu, args), **{name: _on_cpu(value) for name, value in kwargs.items()})
-
-    return to
-
-
-def _cuda(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return tensor
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _MOVES:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.half:
+            return args[0].float()
+        return func(*(_on_cpu(a) for a in args), **{k: _on_cpu(v) for k, v in kwargs.items()})
 
 
 def _on_cpu(value: Any) -> Any:
