@@ -76,6 +76,21 @@ def forgetting_generate(original: Callable, state: PruneState) -> Callable:
     return generate
 
 
+def refusing_contrastive_search(original: Callable, state: PruneState) -> Callable:
+    """The host's `contrastive_search`, which `generate` calls between preparing an image and the prefill."""
+
+    @functools.wraps(original)
+    def contrastive_search(*args: Any, **kwargs: Any) -> Any:
+        if state.mode != "origin" and state.announced is not None and state.announced.has_vision:
+            raise ValueError(
+                "contrastive search (penalty_alpha) compares the hidden states of all tokens, and those of removed "
+                "ones are gone: generate without penalty_alpha, or in prune_mode(model, 'origin')"
+            )
+        return original(*args, **kwargs)
+
+    return contrastive_search
+
+
 def _question_vectors(
     model: nn.Module, input_ids: Tensor, valid: Tensor, labels: Tensor | None, images: Any
 ) -> Tensor:

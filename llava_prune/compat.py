@@ -115,6 +115,11 @@ def slides(config: Any) -> bool:
     return sliding and getattr(config, "use_sliding_window", True)
 
 
+def contrastive_search_name(model: nn.Module) -> str:
+    """The method that LLaVA's `generate` does contrastive search by; it got an underscore in 4.39 or so."""
+    return "contrastive_search" if hasattr(model, "contrastive_search") else "_contrastive_search"
+
+
 def steps_per_epoch(batches: int, accumulation: int) -> int:
     """Optimizer steps that the host's Trainer takes in an epoch; 4.37 leaves out what is left over."""
     import transformers

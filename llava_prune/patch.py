@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import compat
-from .announce import announcing_prepare, forgetting_generate, merging_hook
+from .announce import announcing_prepare, forgetting_generate, merging_hook, refusing_contrastive_search
 from .announce_hf import announcing_forward, announcing_questions
 from .budget import layer_counts
 from .config import PruneConfig
@@ -133,6 +133,9 @@ class PruneHandle:
             announcing = announcing_prepare(prepare, llava, self.state, self.pruners.merger)
             self._bind(llava, "prepare_inputs_labels_for_multimodal", announcing)
             self._bind(llava, "generate", forgetting_generate(llava.generate, self.state))
+            if self.scorers:
+                name = compat.contrastive_search_name(llava)
+                self._bind(llava, name, refusing_contrastive_search(getattr(llava, name), self.state))
         hf = compat.find_hf_llava(self.model) if llava is None else None
         if hf is not None:
             self._bind(hf, "forward", announcing_forward(hf.forward, hf, self.state, self.vision_tokens))

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from law import settings
 from tiny import IMAGE_TOKEN, batch_of, generate, randomise_pruners, tiny_llava
+from transformers import GenerationConfig
 
 from llava_prune import attach_pruners, last_report, prune_mode
 
@@ -136,3 +137,26 @@ def test_calls_without_an_image_cost_nothing_and_change_nothing(llava, mode):
             assert handle.state.record is None and handle.state.announced is None
         with pytest.raises(ValueError, match="no image"):
             last_report(llava)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("lengths, images", [([9], [1]), ([9, 14], [1, 0])], ids=["one", "batch"])
+@torch.no_grad()
+def test_contrastive_search_is_refused_where_tokens_are_removed(tower_folder, lengths, images):
+    """The host compares the hidden states of all tokens, in the last of which removed ones are zero."""
+    model = tiny_llava(tower_folder, padding_side="left")
+    inputs, text = batch_of(lengths, images, "left"), batch_of([9], [0])
+    search = {"penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": 4}
+    config = GenerationConfig(**search, bos_token_id=1, pad_token_id=0)
+    stock = [generate(model, given, search) for given in (inputs, text)]
+    with pruned(model):
+        for mode in ("masked", "hard"):
+            with prune_mode(model, mode):
+                with pytest.raises(ValueError, match="contrastive search.*prune_mode"):
+                    generate(model, inputs, search)
+                with pytest.raises(ValueError, match="contrastive search.*prune_mode"):
+                    generate(model, inputs, {"generation_config": config})
+                assert torch.equal(generate(model, text, search), stock[1])
+        assert torch.equal(generate(model, inputs, search), stock[0])
