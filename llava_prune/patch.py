@@ -236,7 +236,7 @@ class PruneHandle:
         state, layout = self.state, self.state.announced
         state.announced = None
         if cached:
-            self._continue(cache, cached, length, layout is not None and layout.has_vision)
+            self._continue(cache, cached, (batch, length), layout is not None and layout.has_vision)
             return
         state.record = None
         if layout is None or not (layout.has_vision or decoder.training):
@@ -253,7 +253,7 @@ class PruneHandle:
         self._check_mode(decoder)
         state.record = ForwardRecord(layout, state.mode, full_length=length)
 
-    def _continue(self, cache: Any, cached: int, length: int, new_image: bool) -> None:
+    def _continue(self, cache: Any, cached: int, shape: tuple[int, int], new_image: bool) -> None:
         """Go on with the record of the latest prefill; a cache that is of another one is refused."""
         record = self.state.record
         pruned = record is not None and record.mode in ("masked", "hard")
@@ -264,6 +264,12 @@ class PruneHandle:
                 f"the key-value cache holds {cached} positions, the latest pruned forward saw {record.full_length}: "
                 "this cache is of another prompt, or was cropped as assisted decoding does; prefill the whole "
                 "prompt again, without an assistant"
+            )
+        batch, length = shape
+        if pruned and self.scorers and batch != len(record.layout.valid):
+            raise ValueError(
+                f"the latest pruned forward saw {len(record.layout.valid)} samples, this one goes on with {batch}: "
+                "samples of its cache can not be selected or repeated; prefill the whole prompt again, for those alone"
             )
         if not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
             raise ValueError(
@@ -390,8 +396,9 @@ def prune_mode(model: nn.Module, mode: str) -> Iterator[PruneHandle]:
       `text_tokens + tokens_per_layer[:, i - 1]` of `last_report`, if nothing is padded) are filler.
     - `attentions[i]` (B, heads, S, S) over the rows that layer i saw.
     - `past_key_values`: layer i holds the rows that entered it. The cache takes further text, of any number of tokens;
-      a new image, and a cache that was cropped or is of another prompt than the latest, are refused: prefill the
-      whole prompt again. (A cache of another prompt with the same lengths in all layers is not told apart.)
+      a new image, and a cache that was cropped, is of another batch size or is of another prompt than the latest, are
+      refused: prefill the whole prompt again. (A cache of another prompt with the same lengths in all layers is not
+      told apart, nor one whose samples were reordered: they must stay in the order of the prefill.)
 
     Calls without an image are the stock model's in every mode.
 

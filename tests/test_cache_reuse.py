@@ -106,6 +106,14 @@ def test_a_cache_of_the_same_length_and_other_tokens_is_refused(pruned):
         go_on(pruned, output.past_key_values, torch.tensor([[5]]))
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_a_cache_of_another_batch_is_refused(pruned, mode):
+    _, output = prefill(pruned, [9], mode=mode)
+    cache = tuple(tuple(kept.expand(3, -1, -1, -1) for kept in layer) for layer in output.past_key_values)
+    with pytest.raises(ValueError, match=f"saw 1 samples, this one goes on with 3.*{REFUSED}"):
+        go_on(pruned, cache, torch.full((3, 1), 5))
+
+
 @pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])
 def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(pruned, images):
     _, output = prefill(pruned, [9])

@@ -99,6 +99,23 @@ def test_a_cache_of_the_same_length_and_other_tokens_is_refused():
         go_on(model, output.past_key_values, torch.tensor([[5]]))
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@pytest.mark.parametrize(("samples", "change"), [(1, "select"), (2, "select"), (1, "repeat"), (2, "repeat")])
+def test_a_cache_of_another_batch_is_refused(samples, change, mode):
+    model = with_pruners()
+    inputs, output = prefill(model, [9, 14][:samples], [1] * samples, mode)
+    cache, rows = output.past_key_values, torch.arange(samples)
+    if change == "select":
+        rows = torch.tensor([samples - 1, 0, 0])
+        cache.batch_select_indices(rows)
+    else:
+        rows = rows.repeat_interleave(3)
+        cache.batch_repeat_interleave(3)
+    mask = torch.cat([inputs["attention_mask"][rows], torch.ones(len(rows), 1).long()], 1)
+    with pytest.raises(ValueError, match=f"saw {samples} samples, this one goes on with {len(rows)}.*{REFUSED}"):
+        go_on(model, cache, torch.full((len(rows), 1), 5), mask)
+
+
 @pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])
 def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(images):
     model = with_pruners()
