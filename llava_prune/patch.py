@@ -233,8 +233,8 @@ class PruneHandle:
         batch, length = inputs.shape[:2]
         cache = compat.cache_of(call)
         cached = compat.cache_length(cache, 0)
-        state, layout = self.state, self.state.announced
-        state.announced = None
+        state, layout = self.state, self.state.layout_of(inputs)
+        state.announced, state.prepared = None, layout or state.prepared
         if cached:
             self._continue(cache, cached, (batch, length), layout is not None and layout.has_vision)
             return
@@ -400,7 +400,8 @@ def prune_mode(model: nn.Module, mode: str) -> Iterator[PruneHandle]:
       refused: prefill the whole prompt again. (A cache of another prompt with the same lengths in all layers is not
       told apart, nor one whose samples were reordered: they must stay in the order of the prefill.)
 
-    Calls without an image are the stock model's in every mode.
+    Calls without an image are the stock model's in every mode. So are embeddings in place of ids, but for those that
+    LLaVA's `prepare_inputs_labels_for_multimodal` returned last: given unchanged, they are pruned as often as asked.
 
     Raises:
         ValueError: unknown mode, or no pruners attached.

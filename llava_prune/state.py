@@ -110,9 +110,16 @@ class PruneState:
     guided: bool = False  # the unpruned pass that follows asks what the answer depends on
     prefix_only: bool = False  # the pass ends before the first pruning layer; what leaves the decoder means nothing
     announced: TokenLayout | None = None
+    prepared: TokenLayout | None = None  # the one announced last, of embeddings that may be given once more
     merger_questions: Tensor | None = None
     record: ForwardRecord | None = None
     stock_features: dict[int, Tensor] | None = None
     reduction: Any = None  # of the images just encoded, by a baseline
     loss_only: bool = False  # nobody reads the logits of the running step but the loss
     inside_generate: bool = False  # of a Hugging Face model whose inputs were shrunk
+
+    def layout_of(self, inputs: Tensor | None) -> TokenLayout | None:
+        """What the decoder's input is made of: as announced for it, or when it was prepared for an earlier call."""
+        if self.announced is not None:
+            return self.announced
+        return self.prepared if self.prepared is not None and self.prepared.describes(inputs) else None
