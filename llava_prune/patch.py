@@ -265,6 +265,11 @@ class PruneHandle:
                 "this cache is of another prompt, or was cropped as assisted decoding does; prefill the whole "
                 "prompt again, without an assistant"
             )
+        if record is not None and record.mode == "soft":
+            raise ValueError(
+                "mode 'soft' is for training: what is generated after a soft prompt would see its tokens whole or "
+                "not at all; generate in masked or hard mode"
+            )
         batch, length = shape
         if pruned and self.scorers and batch != len(record.layout.valid):
             raise ValueError(

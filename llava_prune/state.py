@@ -12,6 +12,7 @@ from .drop import Rows
 from .layout import TokenLayout
 
 MODES = ("origin", "soft", "masked", "hard")
+INFERENCE_MODES = ("origin", "masked", "hard")  # soft is for training
 
 
 @dataclass

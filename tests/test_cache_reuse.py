@@ -3,7 +3,7 @@
 import pytest
 import torch
 from law import settings
-from tiny import IMAGE_TOKEN, batch_of, randomise_pruners, tiny_llava
+from tiny import IMAGE_TOKEN, batch_of, generate, randomise_pruners, tiny_llava
 
 from llava_prune import attach_pruners, prune_mode
 from llava_prune.patch import find_handle
@@ -112,6 +112,14 @@ def test_a_cache_of_another_batch_is_refused(pruned, mode):
     cache = tuple(tuple(kept.expand(3, -1, -1, -1) for kept in layer) for layer in output.past_key_values)
     with pytest.raises(ValueError, match=f"saw 1 samples, this one goes on with 3.*{REFUSED}"):
         go_on(pruned, cache, torch.full((3, 1), 5))
+
+
+def test_soft_mode_answers_no_further_than_its_prompt(pruned):
+    inputs, output = prefill(pruned, [9], mode="soft")
+    with pytest.raises(ValueError, match="generate in masked or hard mode"):
+        go_on(pruned, output.past_key_values, torch.tensor([[5]]))
+    with prune_mode(pruned, "soft"), pytest.raises(ValueError, match="generate in masked or hard mode"):
+        generate(pruned, inputs, {"max_new_tokens": 2})
 
 
 @pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])

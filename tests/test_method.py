@@ -63,6 +63,7 @@ def test_a_sample_has_one_line_however_many_sequences_are_returned(llava, tmp_pa
     "arguments,message",
     [
         ({"mode": "hard"}, "mode 'hard' needs pruners"),
+        ({"mode": "soft", "pruners": "a"}, "unknown mode 'soft': use one of origin, masked, hard"),
         ({"pruners": "a", "baseline": "fastv"}, "not both"),
         ({"baseline": "fastv"}, "needs average_tokens"),
         ({"mode": "origin", "average_tokens": 9}, "give one of them"),

@@ -128,6 +128,12 @@ def test_what_can_not_run_is_said_before_anything_is_loaded(tmp_path):
             run(["--mode", "origin", *words])
 
 
+def test_soft_mode_is_none_that_a_program_runs_in(capsys):
+    with pytest.raises(SystemExit):
+        run(["--mode", "soft", "-m", "llava.eval.run_llava"])
+    assert "invalid choice: 'soft'" in capsys.readouterr().err
+
+
 def test_cuda_and_half_become_cpu_and_float_only_within_the_block():
     x = torch.ones(2)
     with CudaToCpu():

@@ -116,6 +116,15 @@ def test_a_cache_of_another_batch_is_refused(samples, change, mode):
         go_on(model, cache, torch.full((len(rows), 1), 5), mask)
 
 
+def test_soft_mode_answers_no_further_than_its_prompt():
+    model = with_pruners()
+    inputs, output = prefill(model, [9], mode="soft")
+    with pytest.raises(ValueError, match="generate in masked or hard mode"):
+        go_on(model, output.past_key_values, torch.tensor([[5]]))
+    with prune_mode(model, "soft"), pytest.raises(ValueError, match="generate in masked or hard mode"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])
 def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(images):
     model = with_pruners()
