@@ -154,6 +154,23 @@ def cache_tensors(cache: Any) -> Iterator[Tensor]:
         yield from layer[:2] if isinstance(layer, tuple) else (layer.keys, layer.values)
 
 
+def number_cache(cache: Any, number: int | None) -> None:
+    """Write on a layer's key-value cache which record it is of; a copy of it has the number too.
+
+    On layer 0's keys in 4.37, whose generate makes tuples of the cache; there it is gone once beams reorder them.
+    """
+    if hasattr(cache, "layers"):
+        cache.llava_prune_number = number
+    elif getattr(cache, "key_cache", None):
+        cache.key_cache[0].llava_prune_number = number
+
+
+def number_of_cache(cache: Any) -> int | None:
+    """What `number_cache` wrote, or None."""
+    numbered = cache if hasattr(cache, "layers") else cache[0][0]
+    return getattr(numbered, "llava_prune_number", None)
+
+
 def change_cache(cache: Any, layer: int, change: Callable[[Tensor], Tensor]) -> None:
     """Replace keys and values of one layer by what `change` makes of them; nothing to do without a cache.
 

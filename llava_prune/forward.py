@@ -113,6 +113,8 @@ class LayerForward:
             output = self._biased(call, record)
         else:
             output = self._with_mask(call, record)
+        if self.last:
+            compat.number_cache(compat.cache_of(call), record.number)
         if self.index in self.state.feature_layers:
             record.features.setdefault(self.index, compat.hidden_states_of(output))
         return output

@@ -239,6 +239,7 @@ class PruneHandle:
             self._continue(cache, cached, (batch, length), layout is not None and layout.has_vision)
             return
         state.record = None
+        compat.number_cache(cache, None)  # it may have been another prompt's, and emptied
         if layout is None or not (layout.has_vision or decoder.training):
             return
         if layout.valid.shape[1] != length or batch % len(layout.valid):
@@ -276,9 +277,13 @@ class PruneHandle:
                 f"the latest pruned forward saw {len(record.layout.valid)} samples, this one goes on with {batch}: "
                 "samples of its cache can not be selected or repeated; prefill the whole prompt again, for those alone"
             )
-        if not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
+        number = compat.number_of_cache(cache)
+        foreign = number is not None and (record is None or number != record.number)
+        if foreign or not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
             raise ValueError(
-                "the key-value cache is of a pruned prompt, and another was run since: prefill the whole prompt again"
+                "the key-value cache is of a pruned prompt, and another was run: prefill the whole prompt again. "
+                "In classifier-free guidance (guidance_scale) two take turns: generate without it, or in "
+                "prune_mode(model, 'origin')"
             )
         if record is None:
             return

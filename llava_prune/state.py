@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class ForwardRecord:
         prefix: arguments of the first pruning layer, for the unpruned pass to restart from.
         features: outputs of the layers that `PruneState.feature_layers` names.
         notes: what a baseline read at an earlier layer.
+        number: no other record's; written on a cache whose lengths do not tell that it is of a pruned prompt.
     """
 
     layout: TokenLayout
@@ -58,6 +60,7 @@ class ForwardRecord:
     prefix: dict[str, Any] | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
+    number: int = field(default_factory=count(1).__next__)
 
     def __post_init__(self) -> None:
         if self.layout.kept is not None:

@@ -114,6 +114,13 @@ def test_a_cache_of_another_batch_is_refused(pruned, mode):
         go_on(pruned, cache, torch.full((3, 1), 5))
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_classifier_free_guidance_is_refused(pruned, mode):
+    inputs = batch_of([9], [1], "none")
+    with prune_mode(pruned, mode), pytest.raises(ValueError, match="without it, or in prune_mode"):
+        generate(pruned, inputs, {"guidance_scale": 1.5, "max_new_tokens": 3, "do_sample": False})
+
+
 def test_soft_mode_answers_no_further_than_its_prompt(pruned):
     inputs, output = prefill(pruned, [9], mode="soft")
     with pytest.raises(ValueError, match="generate in masked or hard mode"):
@@ -122,9 +129,10 @@ def test_soft_mode_answers_no_further_than_its_prompt(pruned):
         generate(pruned, inputs, {"max_new_tokens": 2})
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
 @pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])
-def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(pruned, images):
-    _, output = prefill(pruned, [9])
+def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(pruned, images, mode):
+    _, output = prefill(pruned, [9], mode=mode)
     prefill(pruned, [9], images, "origin")
     with pytest.raises(ValueError, match=REFUSED):
         go_on(pruned, output.past_key_values, torch.tensor([[5]]))
