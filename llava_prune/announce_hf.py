@@ -48,6 +48,21 @@ def announcing_forward(
     return forward
 
 
+def requiring_outer(model: nn.Module, state: PruneState) -> Callable:
+    """A forward pre-hook for the inner model, whose images nothing announces unless the outer one calls it."""
+    bind = bind_arguments(model.model.forward)
+
+    def check(_inner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if state.mode != "origin" and state.announced is None and _given(bind(args, kwargs), "pixel_values", "image"):
+            raise ValueError(
+                f"{type(model.model).__name__} was called by itself, which prunes nothing: call the "
+                f"{type(model).__name__} around it (output_hidden_states=True gives hidden states), or run in "
+                "prune_mode(model, 'origin')"
+            )
+
+    return check
+
+
 def _with_supervised_logits(call: dict[str, Any]) -> dict[str, Any]:
     """The same loss from the logits behind the first answer's start alone: those of the image are most of them."""
     supervised = (call["labels"] != IGNORE_INDEX).any(0)

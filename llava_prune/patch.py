@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .announce import announcing_prepare, forgetting_generate, merging_hook, refusing_contrastive_search
-from .announce_hf import announcing_forward, announcing_questions
+from .announce_hf import announcing_forward, announcing_questions, requiring_outer
 from .budget import layer_counts
 from .config import PruneConfig
 from .forward import LayerForward
@@ -139,6 +139,7 @@ class PruneHandle:
         hf = compat.find_hf_llava(self.model) if llava is None else None
         if hf is not None:
             self._bind(hf, "forward", announcing_forward(hf.forward, hf, self.state, self.vision_tokens))
+            self._hooks.append(hf.model.register_forward_pre_hook(requiring_outer(hf, self.state), with_kwargs=True))
         if self.pruners.merger is not None:
             projector = compat.vision_modules(self.model)[1]
             self._hooks.append(projector.register_forward_pre_hook(merging_hook(self.state, self.pruners.merger)))

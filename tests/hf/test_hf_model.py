@@ -265,6 +265,21 @@ def test_inputs_embeds_are_refused():
         model(inputs_embeds=torch.randn(1, 5, 32))
 
 
+@pytest.mark.parametrize("kind", ["llava", "next", "onevision"])
+@torch.no_grad()
+def test_the_inner_model_by_itself_is_refused_with_an_image(kind):
+    model = tiny(kind)
+    inputs, text = batch_of(model, [9], [1]), torch.tensor([[3, 4, 5]])
+    stock = [model.model(**given).last_hidden_state for given in (inputs, {"input_ids": text})]
+    with pruned(model), pytest.raises(ValueError, match=f"call the {type(model).__name__} around it"):
+        model(**inputs)
+        model.model(**inputs)
+    with pruned(model):
+        assert torch.equal(model.model(text).last_hidden_state, stock[1])
+        with prune_mode(model, "origin"):
+            assert torch.equal(model.model(**inputs).last_hidden_state, stock[0])
+
+
 def test_sliding_windows_are_refused():
     with pytest.raises(ValueError, match=r"sliding window attention \(window 8\)"):
         attach_pruners(tiny("next-mistral", sliding_window=8), settings())
