@@ -48,6 +48,26 @@ def announcing_forward(
     return forward
 
 
+def refusing_pieces(original: Callable, state: PruneState) -> Callable:
+    """The host's `_prefill`, of which `generate` can ask to give the model one piece of the prompt after another."""
+    bind = bind_arguments(original)
+
+    @functools.wraps(original)
+    def prefill(*args: Any, **kwargs: Any) -> Any:
+        call = bind(args, kwargs)
+        size, length = call["generation_config"].prefill_chunk_size, call["input_ids"].shape[1]
+        has_image = _given(call["model_kwargs"], "pixel_values", "image")
+        if state.mode != "origin" and has_image and size is not None and size < length:
+            raise ValueError(
+                f"prefill_chunk_size {size} cuts the prompt of {length} positions into pieces, and what is kept of an "
+                "image depends on all of it: leave prefill_chunk_size unset, or generate in "
+                "prune_mode(model, 'origin')"
+            )
+        return original(*args, **kwargs)
+
+    return prefill
+
+
 def requiring_outer(model: nn.Module, state: PruneState) -> Callable:
     """A forward pre-hook for the inner model, whose images nothing announces unless the outer one calls it."""
     bind = bind_arguments(model.model.forward)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import compat
 from .announce import announcing_prepare, forgetting_generate, merging_hook, refusing_contrastive_search
-from .announce_hf import announcing_forward, announcing_questions, requiring_outer
+from .announce_hf import announcing_forward, announcing_questions, refusing_pieces, requiring_outer
 from .budget import layer_counts
 from .config import PruneConfig
 from .forward import LayerForward
@@ -139,6 +139,8 @@ class PruneHandle:
         hf = compat.find_hf_llava(self.model) if llava is None else None
         if hf is not None:
             self._bind(hf, "forward", announcing_forward(hf.forward, hf, self.state, self.vision_tokens))
+            if hasattr(hf, "_prefill"):  # else the second piece of a prompt is refused if it has an image
+                self._bind(hf, "_prefill", refusing_pieces(hf._prefill, self.state))
             self._hooks.append(hf.model.register_forward_pre_hook(requiring_outer(hf, self.state), with_kwargs=True))
         if self.pruners.merger is not None:
             projector = compat.vision_modules(self.model)[1]
@@ -260,7 +262,10 @@ class PruneHandle:
         record = self.state.record
         pruned = record is not None and record.mode in ("masked", "hard")
         if new_image and (pruned or self.state.mode != "origin"):
-            raise ValueError("an image was added to a key-value cache that is in use: prefill the whole prompt again")
+            raise ValueError(
+                "an image was added to a key-value cache that is in use: prefill the whole prompt again, in one piece "
+                "(leave prefill_chunk_size unset)"
+            )
         if pruned and cached != record.full_length:
             raise ValueError(
                 f"the key-value cache holds {cached} positions, the latest pruned forward saw {record.full_length}: "

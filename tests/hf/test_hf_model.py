@@ -259,6 +259,22 @@ def test_assisted_decoding_is_refused(mode):
         model.generate(**batch, max_new_tokens=12, prompt_lookup_num_tokens=3, do_sample=False)
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@pytest.mark.parametrize("size", [5, 18])  # the second piece has an image, or text alone
+def test_a_prompt_in_pieces_is_refused(size, mode):
+    model, how = tiny(), {"max_new_tokens": 4, "do_sample": False}
+    batch, text = batch_of(model, [9], [1]), batch_of(model, [20], [0])
+    stock = [model.generate(**given, **how) for given in (batch, text)]
+    with pruned(model, mode):
+        with pytest.raises(ValueError, match=f"prefill_chunk_size {size} cuts the prompt of 25 positions"):
+            model.generate(**batch, **how, prefill_chunk_size=size)
+        whole = model.generate(**batch, **how)
+        assert torch.equal(model.generate(**batch, **how, prefill_chunk_size=25), whole)
+        assert torch.equal(model.generate(**text, **how, prefill_chunk_size=size), stock[1])
+        with prune_mode(model, "origin"):
+            assert torch.equal(model.generate(**batch, **how, prefill_chunk_size=size), stock[0])
+
+
 def test_inputs_embeds_are_refused():
     model = tiny()
     with pruned(model), pytest.raises(ValueError, match="inputs_embeds do not say"):
