@@ -85,6 +85,11 @@ def image_token(model: nn.Module) -> int:
     return IMAGE_TOKEN_INDEX if hf is None else hf.config.image_token_id
 
 
+def backend_name(decoder: nn.Module) -> str:
+    """The attention that a decoder is set to, supported or not."""
+    return decoder.config._attn_implementation
+
+
 def attention_backend(decoder: nn.Module) -> str:
     """`eager`, `sdpa` or `flash_attention_2`.
 
@@ -92,7 +97,7 @@ def attention_backend(decoder: nn.Module) -> str:
         ValueError: another backend, or a sliding window, which counts rows and not positions, so that removing rows
             would widen it.
     """
-    backend, config = decoder.config._attn_implementation, decoder.config
+    backend, config = backend_name(decoder), decoder.config
     if backend not in BACKENDS:
         raise ValueError(
             f"attention backend {backend!r} is not supported: load the model with attn_implementation set to one of "

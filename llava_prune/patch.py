@@ -254,6 +254,8 @@ class PruneHandle:
             compat.check_cache(cache)
         if batch != len(layout.valid):
             layout = layout.repeat(batch // len(layout.valid))
+        if state.mode != "origin":
+            self._follow_backend()
         self._check_mode(decoder)
         state.record = ForwardRecord(layout, state.mode, full_length=length)
 
@@ -293,9 +295,19 @@ class PruneHandle:
             )
         if record is None:
             return
+        if pruned:
+            self._follow_backend()
         record.decoding = True
         record.full_length = cached + length
         record.attention_masks.clear()
+
+    def _follow_backend(self) -> None:
+        """Go on with the attention backend that the model was set to since; refuses one that is not supported."""
+        if compat.backend_name(self.decoder) == self.backend:
+            return
+        self.backend = compat.attention_backend(self.decoder)
+        for run in self.layer_forwards.values():
+            run.use_backend(self.backend)
 
     def _check_mode(self, decoder: nn.Module) -> None:
         mode = self.state.mode

@@ -323,6 +323,27 @@ def test_other_backends_are_refused():
         attach_pruners(tiny(attention="flex_attention"), settings())
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@torch.no_grad()
+def test_a_backend_that_is_set_later_is_followed_or_refused(mode):
+    model, how = tiny(), {"max_new_tokens": 6, "do_sample": False}
+    batch = batch_of(model, [9, 14], [1, 2])
+    with pruned(model, mode) as handle:
+        answer = model.generate(**batch, **how)
+        model.set_attn_implementation("eager")
+        assert torch.equal(model.generate(**batch, **how), answer)
+        assert all(run.eager for run in handle.layer_forwards.values())
+        output = model(**batch, use_cache=True)
+        model.set_attn_implementation("flex_attention")
+        new = torch.ones(2, 1).long()
+        step = {"input_ids": new, "attention_mask": torch.cat([batch["attention_mask"], new], 1)}
+        for call in (step | {"past_key_values": output.past_key_values}, batch):
+            with pytest.raises(ValueError, match="attention backend 'flex_attention' is not supported"):
+                model(**call)
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(model.generate(**batch, **how), answer)
+
+
 def test_reentrant_checkpointing_is_refused_in_training():
     model = tiny()
     batch = batch_of(model, [9], [1], answers=[3])
