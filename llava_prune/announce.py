@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from .compat import IMAGE_TOKEN_INDEX
 from .layout import IGNORE_INDEX, TokenLayout, question_of
@@ -59,7 +61,8 @@ def announcing_prepare(
         if labels is not None:
             labels = labels.gather(1, numbered.clamp(min=0)).masked_fill(numbered == IGNORE_INDEX, IGNORE_INDEX)
         num_images = ((input_ids == IMAGE_TOKEN_INDEX) & given.bool()).sum(-1)
-        state.announced = TokenLayout.build(valid, vision, num_images, labels)
+        layout = TokenLayout.build(valid, vision, num_images, labels)
+        state.announced = state.prepared = replace(layout, embeds=TensorWeakRef(embeds))
         return ids, positions, None if attention_mask is None else mask, cache, embeds, labels
 
     return prepare
@@ -74,6 +77,22 @@ def forgetting_generate(original: Callable, state: PruneState) -> Callable:
         return original(*args, **kwargs)
 
     return generate
+
+
+def refusing_contrastive_search(original: Callable, state: PruneState) -> Callable:
+    """The host's `contrastive_search`, which `generate` calls between preparing an image and the prefill."""
+
+    @functools.wraps(original)
+    def contrastive_search(*args: Any, **kwargs: Any) -> Any:
+        layout = state.layout_of(kwargs.get("inputs_embeds"))
+        if state.mode != "origin" and layout is not None and layout.has_vision:
+            raise ValueError(
+                "contrastive search (penalty_alpha) compares the hidden states of all tokens, and those of removed "
+                "ones are gone: generate without penalty_alpha, or in prune_mode(model, 'origin')"
+            )
+        return original(*args, **kwargs)
+
+    return contrastive_search
 
 
 def _question_vectors(

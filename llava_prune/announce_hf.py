@@ -48,6 +48,41 @@ def announcing_forward(
     return forward
 
 
+def refusing_pieces(original: Callable, state: PruneState) -> Callable:
+    """The host's `_prefill`, of which `generate` can ask to give the model one piece of the prompt after another."""
+    bind = bind_arguments(original)
+
+    @functools.wraps(original)
+    def prefill(*args: Any, **kwargs: Any) -> Any:
+        call = bind(args, kwargs)
+        size, length = call["generation_config"].prefill_chunk_size, call["input_ids"].shape[1]
+        has_image = _given(call["model_kwargs"], "pixel_values", "image")
+        if state.mode != "origin" and has_image and size is not None and size < length:
+            raise ValueError(
+                f"prefill_chunk_size {size} cuts the prompt of {length} positions into pieces, and what is kept of an "
+                "image depends on all of it: leave prefill_chunk_size unset, or generate in "
+                "prune_mode(model, 'origin')"
+            )
+        return original(*args, **kwargs)
+
+    return prefill
+
+
+def requiring_outer(model: nn.Module, state: PruneState) -> Callable:
+    """A forward pre-hook for the inner model, whose images nothing announces unless the outer one calls it."""
+    bind = bind_arguments(model.model.forward)
+
+    def check(_inner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if state.mode != "origin" and state.announced is None and _given(bind(args, kwargs), "pixel_values", "image"):
+            raise ValueError(
+                f"{type(model.model).__name__} was called by itself, which prunes nothing: call the "
+                f"{type(model).__name__} around it (output_hidden_states=True gives hidden states), or run in "
+                "prune_mode(model, 'origin')"
+            )
+
+    return check
+
+
 def _with_supervised_logits(call: dict[str, Any]) -> dict[str, Any]:
     """The same loss from the logits behind the first answer's start alone: those of the image are most of them."""
     supervised = (call["labels"] != IGNORE_INDEX).any(0)

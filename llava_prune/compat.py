@@ -85,6 +85,11 @@ def image_token(model: nn.Module) -> int:
     return IMAGE_TOKEN_INDEX if hf is None else hf.config.image_token_id
 
 
+def backend_name(decoder: nn.Module) -> str:
+    """The attention that a decoder is set to, supported or not."""
+    return decoder.config._attn_implementation
+
+
 def attention_backend(decoder: nn.Module) -> str:
     """`eager`, `sdpa` or `flash_attention_2`.
 
@@ -92,7 +97,7 @@ def attention_backend(decoder: nn.Module) -> str:
         ValueError: another backend, or a sliding window, which counts rows and not positions, so that removing rows
             would widen it.
     """
-    backend, config = decoder.config._attn_implementation, decoder.config
+    backend, config = backend_name(decoder), decoder.config
     if backend not in BACKENDS:
         raise ValueError(
             f"attention backend {backend!r} is not supported: load the model with attn_implementation set to one of "
@@ -113,6 +118,11 @@ def slides(config: Any) -> bool:
     window = getattr(config, "sliding_window", None)
     sliding = any(kind != "full_attention" for kind in kinds) if kinds else window is not None
     return sliding and getattr(config, "use_sliding_window", True)
+
+
+def contrastive_search_name(model: nn.Module) -> str:
+    """The method that LLaVA's `generate` does contrastive search by; it got an underscore in 4.39 or so."""
+    return "contrastive_search" if hasattr(model, "contrastive_search") else "_contrastive_search"
 
 
 def steps_per_epoch(batches: int, accumulation: int) -> int:
@@ -147,6 +157,23 @@ def cache_tensors(cache: Any) -> Iterator[Tensor]:
     """Keys and values of every layer of a key-value cache: tuples in 4.37, layer objects in 5.x."""
     for layer in cache if isinstance(cache, tuple) else cache.layers:
         yield from layer[:2] if isinstance(layer, tuple) else (layer.keys, layer.values)
+
+
+def number_cache(cache: Any, number: int | None) -> None:
+    """Write on a layer's key-value cache which record it is of; a copy of it has the number too.
+
+    On layer 0's keys in 4.37, whose generate makes tuples of the cache; there it is gone once beams reorder them.
+    """
+    if hasattr(cache, "layers"):
+        cache.llava_prune_number = number
+    elif getattr(cache, "key_cache", None):
+        cache.key_cache[0].llava_prune_number = number
+
+
+def number_of_cache(cache: Any) -> int | None:
+    """What `number_cache` wrote, or None."""
+    numbered = cache if hasattr(cache, "layers") else cache[0][0]
+    return getattr(numbered, "llava_prune_number", None)
 
 
 def change_cache(cache: Any, layer: int, change: Callable[[Tensor], Tensor]) -> None:

@@ -64,10 +64,14 @@ class LayerForward:
         self.last = index == num_layers - 1
         self.config = config
         self.state = state
-        self.flash, self.eager = backend == "flash_attention_2", backend == "eager"
+        self.use_backend(backend)
         self.bind = compat.bind_arguments(self.original)
         # the pruning layer whose decision holds here
         self.segment = max(layer for layer in self.pruning_layers if layer <= index)
+
+    def use_backend(self, backend: str) -> None:
+        """Make masks for this attention backend from now on."""
+        self.flash, self.eager = backend == "flash_attention_2", backend == "eager"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         record = self.state.record
@@ -113,6 +117,8 @@ class LayerForward:
             output = self._biased(call, record)
         else:
             output = self._with_mask(call, record)
+        if self.last:
+            compat.number_cache(compat.cache_of(call), record.number)
         if self.index in self.state.feature_layers:
             record.features.setdefault(self.index, compat.hidden_states_of(output))
         return output

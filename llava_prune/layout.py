@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 IGNORE_INDEX = -100
 
@@ -140,6 +141,7 @@ class TokenLayout:
             None.
         kept: (B, M) bool, which of those M it kept, or None.
         labels: (B, T) long of a training batch, IGNORE_INDEX where nothing is supervised, or None.
+        embeds: to the (B, T, D) embeddings that it is of, where a caller can give those again, or None.
     """
 
     valid: Tensor
@@ -155,6 +157,7 @@ class TokenLayout:
     original_counts: Tensor | None = None
     kept: Tensor | None = None
     labels: Tensor | None = None
+    embeds: TensorWeakRef | None = None
 
     @classmethod
     def build(cls, valid: Tensor, vision: Tensor, num_images: Tensor, labels: Tensor | None = None) -> TokenLayout:
@@ -169,6 +172,16 @@ class TokenLayout:
         indices = (*padded_index(vision, widest["vision"]), *padded_index(question, widest["question"]))
         predicting = predicting if any(size.predicting for size in sizes) else None
         return cls(valid, vision, question, predicting, num_images, *indices, sizes, labels=labels)
+
+    def describes(self, inputs: Tensor | None) -> bool:
+        """Whether the decoder's input is the embeddings that this is of, also copied or repeated as hosts do."""
+        embeds = None if self.embeds is None else self.embeds()
+        if embeds is None or inputs is None or inputs.shape[1:] != embeds.shape[1:]:
+            return False
+        if inputs is embeds:
+            return True
+        times, alike = len(inputs) // len(embeds), (inputs.dtype, inputs.device) == (embeds.dtype, embeds.device)
+        return alike and torch.equal(inputs, embeds.repeat_interleave(times, 0))
 
     @property
     def has_vision(self) -> bool:

@@ -7,7 +7,8 @@ from torch import nn
 from .baselines import BaselineHandle, attach_baseline
 from .checkpoint import load_pruners
 from .config import PruneConfig
-from .patch import PruneHandle, attach_pruners
+from .patch import PruneHandle, attach_pruners, check_mode
+from .state import INFERENCE_MODES
 
 # origin needs no pruners; these count tokens and decide nothing
 OBSERVER = PruneConfig(pruning_layers=(1,), target_sparsity=0.1, pruner_dim=8, pruner_heads=1)
@@ -15,6 +16,7 @@ OBSERVER = PruneConfig(pruning_layers=(1,), target_sparsity=0.1, pruner_dim=8, p
 
 def check_method(pruners: str | None, baseline: str | None, mode: str, average_tokens: float | None) -> None:
     """Raises ValueError when the four do not say one thing to run."""
+    check_mode(mode, INFERENCE_MODES)
     if pruners and baseline:
         raise ValueError("give pruners or a baseline, not both")
     if not pruners and not baseline and mode != "origin":

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import compat
-from .announce import announcing_prepare, forgetting_generate, merging_hook
-from .announce_hf import announcing_forward, announcing_questions
+from .announce import announcing_prepare, forgetting_generate, merging_hook, refusing_contrastive_search
+from .announce_hf import announcing_forward, announcing_questions, refusing_pieces, requiring_outer
 from .budget import layer_counts
 from .config import PruneConfig
 from .forward import LayerForward
@@ -133,9 +133,15 @@ class PruneHandle:
             announcing = announcing_prepare(prepare, llava, self.state, self.pruners.merger)
             self._bind(llava, "prepare_inputs_labels_for_multimodal", announcing)
             self._bind(llava, "generate", forgetting_generate(llava.generate, self.state))
+            if self.scorers:
+                name = compat.contrastive_search_name(llava)
+                self._bind(llava, name, refusing_contrastive_search(getattr(llava, name), self.state))
         hf = compat.find_hf_llava(self.model) if llava is None else None
         if hf is not None:
             self._bind(hf, "forward", announcing_forward(hf.forward, hf, self.state, self.vision_tokens))
+            if hasattr(hf, "_prefill"):  # else the second piece of a prompt is refused if it has an image
+                self._bind(hf, "_prefill", refusing_pieces(hf._prefill, self.state))
+            self._hooks.append(hf.model.register_forward_pre_hook(requiring_outer(hf, self.state), with_kwargs=True))
         if self.pruners.merger is not None:
             projector = compat.vision_modules(self.model)[1]
             self._hooks.append(projector.register_forward_pre_hook(merging_hook(self.state, self.pruners.merger)))
@@ -230,12 +236,13 @@ class PruneHandle:
         batch, length = inputs.shape[:2]
         cache = compat.cache_of(call)
         cached = compat.cache_length(cache, 0)
-        state, layout = self.state, self.state.announced
-        state.announced = None
+        state, layout = self.state, self.state.layout_of(inputs)
+        state.announced, state.prepared = None, layout or state.prepared
         if cached:
-            self._continue(cache, cached, length, layout is not None and layout.has_vision)
+            self._continue(cache, cached, (batch, length), layout is not None and layout.has_vision)
             return
         state.record = None
+        compat.number_cache(cache, None)  # it may have been another prompt's, and emptied
         if layout is None or not (layout.has_vision or decoder.training):
             return
         if layout.valid.shape[1] != length or batch % len(layout.valid):
@@ -247,30 +254,60 @@ class PruneHandle:
             compat.check_cache(cache)
         if batch != len(layout.valid):
             layout = layout.repeat(batch // len(layout.valid))
+        if state.mode != "origin":
+            self._follow_backend()
         self._check_mode(decoder)
         state.record = ForwardRecord(layout, state.mode, full_length=length)
 
-    def _continue(self, cache: Any, cached: int, length: int, new_image: bool) -> None:
+    def _continue(self, cache: Any, cached: int, shape: tuple[int, int], new_image: bool) -> None:
         """Go on with the record of the latest prefill; a cache that is of another one is refused."""
         record = self.state.record
         pruned = record is not None and record.mode in ("masked", "hard")
         if new_image and (pruned or self.state.mode != "origin"):
-            raise ValueError("an image was added to a key-value cache that is in use: prefill the whole prompt again")
+            raise ValueError(
+                "an image was added to a key-value cache that is in use: prefill the whole prompt again, in one piece "
+                "(leave prefill_chunk_size unset)"
+            )
         if pruned and cached != record.full_length:
             raise ValueError(
                 f"the key-value cache holds {cached} positions, the latest pruned forward saw {record.full_length}: "
                 "this cache is of another prompt, or was cropped as assisted decoding does; prefill the whole "
                 "prompt again, without an assistant"
             )
-        if not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
+        if record is not None and record.mode == "soft":
             raise ValueError(
-                "the key-value cache is of a pruned prompt, and another was run since: prefill the whole prompt again"
+                "mode 'soft' is for training: what is generated after a soft prompt would see its tokens whole or "
+                "not at all; generate in masked or hard mode"
+            )
+        batch, length = shape
+        if pruned and self.scorers and batch != len(record.layout.valid):
+            raise ValueError(
+                f"the latest pruned forward saw {len(record.layout.valid)} samples, this one goes on with {batch}: "
+                "samples of its cache can not be selected or repeated; prefill the whole prompt again, for those alone"
+            )
+        number = compat.number_of_cache(cache)
+        foreign = number is not None and (record is None or number != record.number)
+        if foreign or not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
+            raise ValueError(
+                "the key-value cache is of a pruned prompt, and another was run: prefill the whole prompt again. "
+                "In classifier-free guidance (guidance_scale) two take turns: generate without it, or in "
+                "prune_mode(model, 'origin')"
             )
         if record is None:
             return
+        if pruned:
+            self._follow_backend()
         record.decoding = True
         record.full_length = cached + length
         record.attention_masks.clear()
+
+    def _follow_backend(self) -> None:
+        """Go on with the attention backend that the model was set to since; refuses one that is not supported."""
+        if compat.backend_name(self.decoder) == self.backend:
+            return
+        self.backend = compat.attention_backend(self.decoder)
+        for run in self.layer_forwards.values():
+            run.use_backend(self.backend)
 
     def _check_mode(self, decoder: nn.Module) -> None:
         mode = self.state.mode
@@ -387,10 +424,12 @@ def prune_mode(model: nn.Module, mode: str) -> Iterator[PruneHandle]:
       `text_tokens + tokens_per_layer[:, i - 1]` of `last_report`, if nothing is padded) are filler.
     - `attentions[i]` (B, heads, S, S) over the rows that layer i saw.
     - `past_key_values`: layer i holds the rows that entered it. The cache takes further text, of any number of tokens;
-      a new image, and a cache that was cropped or is of another prompt than the latest, are refused: prefill the
-      whole prompt again. (A cache of another prompt with the same lengths in all layers is not told apart.)
+      a new image, and a cache that was cropped, is of another batch size or is of another prompt than the latest, are
+      refused: prefill the whole prompt again. (A cache of another prompt with the same lengths in all layers is not
+      told apart, nor one whose samples were reordered: they must stay in the order of the prefill.)
 
-    Calls without an image are the stock model's in every mode.
+    Calls without an image are the stock model's in every mode. So are embeddings in place of ids, but for those that
+    LLaVA's `prepare_inputs_labels_for_multimodal` returned last: given unchanged, they are pruned as often as asked.
 
     Raises:
         ValueError: unknown mode, or no pruners attached.

@@ -29,7 +29,7 @@ from .fast import accelerate
 from .method import attach_method, check_method
 from .sidecar import Sidecar
 from .stacks import STACKS, installed_stack
-from .state import MODES
+from .state import INFERENCE_MODES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         help="vision tokens an image, averaged over the decoder layers; pruners have a budget of their own",
     )
-    parser.add_argument("--mode", choices=MODES, default="hard", help="origin leaves the model as it is")
+    parser.add_argument("--mode", choices=INFERENCE_MODES, default="hard", help="origin leaves the model as it is")
     parser.add_argument(
         "--fast", action="store_true", help="run the decoder in CUDA graphs, see llava_prune.accelerate"
     )

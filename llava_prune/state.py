@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .drop import Rows
 from .layout import TokenLayout
 
 MODES = ("origin", "soft", "masked", "hard")
+INFERENCE_MODES = ("origin", "masked", "hard")  # soft is for training
 
 
 @dataclass
@@ -39,6 +41,7 @@ class ForwardRecord:
         prefix: arguments of the first pruning layer, for the unpruned pass to restart from.
         features: outputs of the layers that `PruneState.feature_layers` names.
         notes: what a baseline read at an earlier layer.
+        number: no other record's; written on a cache whose lengths do not tell that it is of a pruned prompt.
     """
 
     layout: TokenLayout
@@ -57,6 +60,7 @@ class ForwardRecord:
     prefix: dict[str, Any] | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
     notes: dict[str, Tensor] = field(default_factory=dict)
+    number: int = field(default_factory=count(1).__next__)
 
     def __post_init__(self) -> None:
         if self.layout.kept is not None:
@@ -110,9 +114,20 @@ class PruneState:
     guided: bool = False  # the unpruned pass that follows asks what the answer depends on
     prefix_only: bool = False  # the pass ends before the first pruning layer; what leaves the decoder means nothing
     announced: TokenLayout | None = None
+    prepared: TokenLayout | None = None  # the one announced last, of embeddings that may be given once more
     merger_questions: Tensor | None = None
     record: ForwardRecord | None = None
     stock_features: dict[int, Tensor] | None = None
     reduction: Any = None  # of the images just encoded, by a baseline
     loss_only: bool = False  # nobody reads the logits of the running step but the loss
+<<<<<<< HEAD
     generating: Any = None  # inside `generate` of a Hugging Face model, how its inputs were shrunk
+=======
+    inside_generate: bool = False  # of a Hugging Face model whose inputs were shrunk
+
+    def layout_of(self, inputs: Tensor | None) -> TokenLayout | None:
+        """What the decoder's input is made of: as announced for it, or when it was prepared for an earlier call."""
+        if self.announced is not None:
+            return self.announced
+        return self.prepared if self.prepared is not None and self.prepared.describes(inputs) else None
+>>>>>>> mend_c

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from law import settings
-from tiny import IMAGE_TOKEN, batch_of, randomise_pruners, tiny_llava
+from tiny import IMAGE_TOKEN, batch_of, generate, randomise_pruners, tiny_llava
 
 from llava_prune import attach_pruners, prune_mode
 from llava_prune.patch import find_handle
@@ -106,9 +106,33 @@ def test_a_cache_of_the_same_length_and_other_tokens_is_refused(pruned):
         go_on(pruned, output.past_key_values, torch.tensor([[5]]))
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_a_cache_of_another_batch_is_refused(pruned, mode):
+    _, output = prefill(pruned, [9], mode=mode)
+    cache = tuple(tuple(kept.expand(3, -1, -1, -1) for kept in layer) for layer in output.past_key_values)
+    with pytest.raises(ValueError, match=f"saw 1 samples, this one goes on with 3.*{REFUSED}"):
+        go_on(pruned, cache, torch.full((3, 1), 5))
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+def test_classifier_free_guidance_is_refused(pruned, mode):
+    inputs = batch_of([9], [1], "none")
+    with prune_mode(pruned, mode), pytest.raises(ValueError, match="without it, or in prune_mode"):
+        generate(pruned, inputs, {"guidance_scale": 1.5, "max_new_tokens": 3, "do_sample": False})
+
+
+def test_soft_mode_answers_no_further_than_its_prompt(pruned):
+    inputs, output = prefill(pruned, [9], mode="soft")
+    with pytest.raises(ValueError, match="generate in masked or hard mode"):
+        go_on(pruned, output.past_key_values, torch.tensor([[5]]))
+    with prune_mode(pruned, "soft"), pytest.raises(ValueError, match="generate in masked or hard mode"):
+        generate(pruned, inputs, {"max_new_tokens": 2})
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
 @pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])
-def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(pruned, images):
-    _, output = prefill(pruned, [9])
+def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(pruned, images, mode):
+    _, output = prefill(pruned, [9], mode=mode)
     prefill(pruned, [9], images, "origin")
     with pytest.raises(ValueError, match=REFUSED):
         go_on(pruned, output.past_key_values, torch.tensor([[5]]))

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from law import settings
 from tiny import IMAGE_TOKEN, batch_of, generate, randomise_pruners, tiny_llava
+from torch.utils.weak import TensorWeakRef
+from transformers import GenerationConfig
 
 from llava_prune import attach_pruners, last_report, prune_mode
 
@@ -136,3 +138,84 @@ def test_calls_without_an_image_cost_nothing_and_change_nothing(llava, mode):
             assert handle.state.record is None and handle.state.announced is None
         with pytest.raises(ValueError, match="no image"):
             last_report(llava)
+
+
+# ---- embeddings that are given once more
+
+
+def prepared(model, inputs):
+    """The embeddings that LLaVA's preparation makes of a prompt."""
+    ids, images = inputs["input_ids"], inputs["images"]
+    return model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images)[4]
+
+
+def kept_tokens(model):
+    return {layer: [row.tolist() for row in rows] for layer, rows in last_report(model).kept.items()}
+
+
+def answer_of(model, embeds, **how):
+    torch.manual_seed(0)
+    return super(type(model), model).generate(inputs_embeds=embeds, **{**GREEDY, **how})
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"do_sample": True}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str
+)
+@torch.no_grad()
+def test_embeddings_that_are_given_twice_are_pruned_twice(llava, how):
+    inputs, text = batch_of([9], [1], "none", seed=3), torch.tensor([[3, 4, 5]])
+    with pruned(llava), prune_mode(llava, "hard"):
+        embeds = prepared(llava, inputs)
+        first, kept = answer_of(llava, embeds, **how), kept_tokens(llava)
+        generate(llava, {"input_ids": text}, GREEDY)
+        again = answer_of(llava, embeds, **how)
+        assert torch.equal(again, first) and kept_tokens(llava) == kept
+        logits = [llava(inputs_embeds=given).logits for given in (embeds, embeds, embeds.clone())]
+        assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+        with pytest.raises(ValueError, match="contrastive search"):
+            answer_of(llava, embeds, penalty_alpha=0.6, top_k=4)
+    unpruned = llava(inputs_embeds=embeds).logits
+    assert not torch.equal(unpruned[:, -1], logits[0][:, -1])
+
+
+@torch.no_grad()
+def test_other_embeddings_of_that_length_are_not_taken_for_them(llava):
+    embeds = torch.randn(1, 9 + VISION, 32)
+    stock = llava(inputs_embeds=embeds).logits
+    with pruned(llava) as handle, prune_mode(llava, "hard"):
+        old = prepared(llava, batch_of([9], [1], "none"))
+        llava(inputs_embeds=old)
+        assert torch.equal(llava(inputs_embeds=embeds).logits, stock) and handle.state.record is None
+
+
+@torch.no_grad()
+def test_embeddings_are_not_held_on_to(llava):
+    with pruned(llava), prune_mode(llava, "hard"):
+        embeds = prepared(llava, batch_of([9], [1], "none"))
+        held = TensorWeakRef(embeds)
+        answer_of(llava, embeds)
+        del embeds
+        assert held() is None
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("lengths, images", [([9], [1]), ([9, 14], [1, 0])], ids=["one", "batch"])
+@torch.no_grad()
+def test_contrastive_search_is_refused_where_tokens_are_removed(tower_folder, lengths, images):
+    """The host compares the hidden states of all tokens, in the last of which removed ones are zero."""
+    model = tiny_llava(tower_folder, padding_side="left")
+    inputs, text = batch_of(lengths, images, "left"), batch_of([9], [0])
+    search = {"penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": 4}
+    config = GenerationConfig(**search, bos_token_id=1, pad_token_id=0)
+    stock = [generate(model, given, search) for given in (inputs, text)]
+    with pruned(model):
+        for mode in ("masked", "hard"):
+            with prune_mode(model, mode):
+                with pytest.raises(ValueError, match="contrastive search.*prune_mode"):
+                    generate(model, inputs, search)
+                with pytest.raises(ValueError, match="contrastive search.*prune_mode"):
+                    generate(model, inputs, {"generation_config": config})
+                assert torch.equal(generate(model, text, search), stock[1])
+        assert torch.equal(generate(model, inputs, search), stock[0])

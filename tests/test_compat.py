@@ -19,7 +19,7 @@ def parameters(function):
 def test_signatures_of_the_host_are_those_the_binding_was_written_for():
     from llava.model.builder import load_pretrained_model
     from llava.model.llava_arch import LlavaMetaForCausalLM
-    from transformers import Trainer
+    from transformers import GenerationMixin, Trainer
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
     assert parameters(LlamaDecoderLayer.forward)[:6] == [
@@ -31,6 +31,7 @@ def test_signatures_of_the_host_are_those_the_binding_was_written_for():
         "output_attentions",
     ]
     assert parameters(LlamaRotaryEmbedding.forward) == ["self", "x", "seq_len"]
+    assert "return self.contrastive_search(" in inspect.getsource(GenerationMixin.generate)
     assert parameters(LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal) == [
         "self",
         "input_ids",

@@ -72,6 +72,7 @@ def test_a_sample_counts_once_in_a_summary(llava):
     "arguments,message",
     [
         ({"mode": "hard"}, "mode 'hard' needs pruners"),
+        ({"mode": "soft", "pruners": "a"}, "unknown mode 'soft': use one of origin, masked, hard"),
         ({"pruners": "a", "baseline": "fastv"}, "not both"),
         ({"baseline": "fastv"}, "needs average_tokens"),
         ({"mode": "origin", "average_tokens": 9}, "give one of them"),

@@ -179,6 +179,12 @@ def test_a_report_is_where_it_was_asked_for_with_the_lines_of_every_model(loader
     assert [line["vision_tokens"] for line in read_sidecar(tmp_path / "r.jsonl")] == [16, 16, 16]
 
 
+def test_soft_mode_is_none_that_a_program_runs_in(capsys):
+    with pytest.raises(SystemExit):
+        run(["--mode", "soft", "-m", "llava.eval.run_llava"])
+    assert "invalid choice: 'soft'" in capsys.readouterr().err
+
+
 def test_cuda_and_half_become_cpu_and_float_only_within_the_block():
     x = torch.ones(2)
     with CudaToCpu():

@@ -12,6 +12,7 @@ from ..config import PruneConfig
 from ..patch import PruneHandle, Pruners
 from ..placeholders import Shrinking
 from ..scoring import LayerView
+from ..state import INFERENCE_MODES
 from .decoder import DecoderBaseline
 from .features import FeatureBaseline
 
@@ -25,7 +26,7 @@ class BaselineHandle(PruneHandle):
         config: pruning layers and budget of a method that drops in the decoder, else None.
     """
 
-    modes = ("origin", "masked", "hard")
+    modes = INFERENCE_MODES
 
     def __init__(
         self, model: nn.Module, method: type[DecoderBaseline | FeatureBaseline], average_tokens: float, **settings: Any

@@ -1,6 +1,10 @@
 """A chat that goes on with the cache of its earlier turns: text may be added, anything else has to prefill again."""
 
+<<<<<<< HEAD
 from contextlib import nullcontext
+=======
+import copy
+>>>>>>> mend_c
 
 import pytest
 import torch
@@ -188,13 +192,68 @@ def test_a_cache_of_the_same_length_and_other_tokens_is_refused():
         go_on(model, output.past_key_values, torch.tensor([[5]]))
 
 
-@pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])
-def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(images):
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@pytest.mark.parametrize(("samples", "change"), [(1, "select"), (2, "select"), (1, "repeat"), (2, "repeat")])
+def test_a_cache_of_another_batch_is_refused(samples, change, mode):
     model = with_pruners()
-    _, output = prefill(model, [9])
-    prefill(model, [9], images, "origin")
-    with prune_mode(model, "hard"), pytest.raises(ValueError, match=REFUSED):
+    inputs, output = prefill(model, [9, 14][:samples], [1] * samples, mode)
+    cache, rows = output.past_key_values, torch.arange(samples)
+    if change == "select":
+        rows = torch.tensor([samples - 1, 0, 0])
+        cache.batch_select_indices(rows)
+    else:
+        rows = rows.repeat_interleave(3)
+        cache.batch_repeat_interleave(3)
+    mask = torch.cat([inputs["attention_mask"][rows], torch.ones(len(rows), 1).long()], 1)
+    with pytest.raises(ValueError, match=f"saw {samples} samples, this one goes on with {len(rows)}.*{REFUSED}"):
+        go_on(model, cache, torch.full((len(rows), 1), 5), mask)
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_classifier_free_guidance_is_refused(mode, beams):
+    model = with_pruners()
+    how = {"guidance_scale": 1.5, "num_beams": beams, "max_new_tokens": 3, "do_sample": False}
+    with prune_mode(model, mode), pytest.raises(ValueError, match="without it, or in prune_mode"):
+        model.generate(**batch_of(model, [9], [1]), **how)
+
+
+def test_soft_mode_answers_no_further_than_its_prompt():
+    model = with_pruners()
+    inputs, output = prefill(model, [9], mode="soft")
+    with pytest.raises(ValueError, match="generate in masked or hard mode"):
         go_on(model, output.past_key_values, torch.tensor([[5]]))
+    with prune_mode(model, "soft"), pytest.raises(ValueError, match="generate in masked or hard mode"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@pytest.mark.parametrize("images", [[1], [0]], ids=["origin", "text"])
+def test_a_pruned_cache_is_refused_after_an_unpruned_prompt(images, mode):
+    model = with_pruners()
+    _, output = prefill(model, [9], mode=mode)
+    prefill(model, [9], images, "origin")
+    with prune_mode(model, mode), pytest.raises(ValueError, match=REFUSED):
+        go_on(model, output.past_key_values, torch.tensor([[5]]))
+
+
+@torch.no_grad()
+def test_a_masked_cache_of_the_same_lengths_is_refused_and_a_copy_or_an_emptied_one_is_not():
+    model, new = with_pruners(), torch.tensor([[5]])
+    _, old = prefill(model, [9], mode="masked")
+    inputs, output = prefill(model, [9], mode="masked", seed=1)
+    with pytest.raises(ValueError, match=REFUSED):
+        go_on(model, old.past_key_values, new)
+    cache = copy.deepcopy(output.past_key_values)
+    logits = go_on(model, cache, new).logits
+    _, output = prefill(model, [9], mode="masked", seed=1)
+    assert torch.equal(go_on(model, output.past_key_values, new).logits, logits)
+
+    cache.crop(-cache.get_seq_length())
+    with prune_mode(model, "hard"):
+        model(**inputs, past_key_values=cache, use_cache=True)
+        hard = go_on(model, cache, new).logits
+    torch.testing.assert_close(hard, logits, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

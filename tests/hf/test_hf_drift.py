@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 from tiny_hf import KINDS, tiny
-from transformers import Trainer, TrainingArguments
+from transformers import GenerationMixin, Trainer, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Model
@@ -36,6 +36,10 @@ def test_models_take_what_announces_the_layout(kind):
     missing = (read | {"mm_encoder_outputs"}) - names(model.forward)
     assert not missing, f"{type(model).__name__}.forward lost {missing}, which announce_hf reads"
     assert isinstance(model.config.image_token_id, int)
+
+
+def test_generate_prefills_by_the_method_that_is_bound():
+    assert names(GenerationMixin._prefill) >= {"input_ids", "generation_config", "model_kwargs"}
 
 
 def test_layers_return_a_tensor_and_are_called_with_hidden_states_first():

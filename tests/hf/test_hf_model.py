@@ -265,10 +265,41 @@ def test_assisted_decoding_is_refused(mode):
         model.generate(**batch, max_new_tokens=12, prompt_lookup_num_tokens=3, do_sample=False)
 
 
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@pytest.mark.parametrize("size", [5, 18])  # the second piece has an image, or text alone
+def test_a_prompt_in_pieces_is_refused(size, mode):
+    model, how = tiny(), {"max_new_tokens": 4, "do_sample": False}
+    batch, text = batch_of(model, [9], [1]), batch_of(model, [20], [0])
+    stock = [model.generate(**given, **how) for given in (batch, text)]
+    with pruned(model, mode):
+        with pytest.raises(ValueError, match=f"prefill_chunk_size {size} cuts the prompt of 25 positions"):
+            model.generate(**batch, **how, prefill_chunk_size=size)
+        whole = model.generate(**batch, **how)
+        assert torch.equal(model.generate(**batch, **how, prefill_chunk_size=25), whole)
+        assert torch.equal(model.generate(**text, **how, prefill_chunk_size=size), stock[1])
+        with prune_mode(model, "origin"):
+            assert torch.equal(model.generate(**batch, **how, prefill_chunk_size=size), stock[0])
+
+
 def test_inputs_embeds_are_refused():
     model = tiny()
     with pruned(model), pytest.raises(ValueError, match="inputs_embeds do not say"):
         model(inputs_embeds=torch.randn(1, 5, 32))
+
+
+@pytest.mark.parametrize("kind", ["llava", "next", "onevision"])
+@torch.no_grad()
+def test_the_inner_model_by_itself_is_refused_with_an_image(kind):
+    model = tiny(kind)
+    inputs, text = batch_of(model, [9], [1]), torch.tensor([[3, 4, 5]])
+    stock = [model.model(**given).last_hidden_state for given in (inputs, {"input_ids": text})]
+    with pruned(model), pytest.raises(ValueError, match=f"call the {type(model).__name__} around it"):
+        model(**inputs)
+        model.model(**inputs)
+    with pruned(model):
+        assert torch.equal(model.model(text).last_hidden_state, stock[1])
+        with prune_mode(model, "origin"):
+            assert torch.equal(model.model(**inputs).last_hidden_state, stock[0])
 
 
 def test_sliding_windows_are_refused():
@@ -296,6 +327,27 @@ def test_other_vision_language_models_are_refused():
 def test_other_backends_are_refused():
     with pytest.raises(ValueError, match="attention backend 'flex_attention' is not supported"):
         attach_pruners(tiny(attention="flex_attention"), settings())
+
+
+@pytest.mark.parametrize("mode", ["masked", "hard"])
+@torch.no_grad()
+def test_a_backend_that_is_set_later_is_followed_or_refused(mode):
+    model, how = tiny(), {"max_new_tokens": 6, "do_sample": False}
+    batch = batch_of(model, [9, 14], [1, 2])
+    with pruned(model, mode) as handle:
+        answer = model.generate(**batch, **how)
+        model.set_attn_implementation("eager")
+        assert torch.equal(model.generate(**batch, **how), answer)
+        assert all(run.eager for run in handle.layer_forwards.values())
+        output = model(**batch, use_cache=True)
+        model.set_attn_implementation("flex_attention")
+        new = torch.ones(2, 1).long()
+        step = {"input_ids": new, "attention_mask": torch.cat([batch["attention_mask"], new], 1)}
+        for call in (step | {"past_key_values": output.past_key_values}, batch):
+            with pytest.raises(ValueError, match="attention backend 'flex_attention' is not supported"):
+                model(**call)
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(model.generate(**batch, **how), answer)
 
 
 def test_reentrant_checkpointing_is_refused_in_training():
