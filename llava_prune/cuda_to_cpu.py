@@ -11,7 +11,7 @@ _MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.half}
 
 
 class CudaToCpu(TorchFunctionMode):
-    """Within the block, tensors asked to go to 'cuda' stay on the CPU, and those asked to be fp16 become fp32."""
+    """Within the block, tensors asked to go to 'cuda' stay on the CPU, and those asked to be fp16 become fp32: of the calling thread."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -120,14 +120,10 @@ class PruneState:
     stock_features: dict[int, Tensor] | None = None
     reduction: Any = None  # of the images just encoded, by a baseline
     loss_only: bool = False  # nobody reads the logits of the running step but the loss
-<<<<<<< HEAD
     generating: Any = None  # inside `generate` of a Hugging Face model, how its inputs were shrunk
-=======
-    inside_generate: bool = False  # of a Hugging Face model whose inputs were shrunk
 
     def layout_of(self, inputs: Tensor | None) -> TokenLayout | None:
         """What the decoder's input is made of: as announced for it, or when it was prepared for an earlier call."""
         if self.announced is not None:
             return self.announced
         return self.prepared if self.prepared is not None and self.prepared.describes(inputs) else None
->>>>>>> mend_c

@@ -1,10 +1,7 @@
 """A chat that goes on with the cache of its earlier turns: text may be added, anything else has to prefill again."""
 
-<<<<<<< HEAD
-from contextlib import nullcontext
-=======
 import copy
->>>>>>> mend_c
+from contextlib import nullcontext
 
 import pytest
 import torch
