@@ -1,12 +1,12 @@
-"""Every probe of a host library, each with the reason it exists. Signatures are probed, versions are not compared."""
+"""Every probe of a host library for its models and layers, each with the reason it exists.
+
+Signatures are probed, versions are not compared. `compat_cache` and `compat_training` do the same for theirs.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from types import MethodType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,84 +125,10 @@ def contrastive_search_name(model: nn.Module) -> str:
     return "contrastive_search" if hasattr(model, "contrastive_search") else "_contrastive_search"
 
 
-def steps_per_epoch(batches: int, accumulation: int) -> int:
-    """Optimizer steps that the host's Trainer takes in an epoch; 4.37 leaves out what is left over."""
-    import transformers
-
-    left_over = batches % accumulation > 0 and int(transformers.__version__.split(".")[0]) > 4
-    return max(batches // accumulation + left_over, 1)
-
-
 def bind_arguments(function: Callable) -> Callable[[tuple, dict], dict[str, Any]]:
     """A function that names positional arguments; 4.37 calls layers positionally under gradient checkpointing."""
     names = [name for name in inspect.signature(function).parameters if name != "self"]
     return lambda args, kwargs: {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def cache_of(call: dict[str, Any]) -> Any:
-    """The key-value cache argument, whose name lost nothing but an s on the way to 5.x."""
-    return call.get("past_key_values", call.get("past_key_value"))
-
-
-def cache_length(cache: Any, layer: int) -> int:
-    """Cached positions of one layer; 4.37's generate passes tuples to the decoder, `Cache` objects to layers."""
-    if cache is None:
-        return 0
-    if isinstance(cache, tuple):
-        return cache[layer][0].shape[-2]
-    return int(cache.get_seq_length(layer))
-
-
-def cache_tensors(cache: Any) -> Iterator[Tensor]:
-    """Keys and values of every layer of a key-value cache: tuples in 4.37, layer objects in 5.x."""
-    for layer in cache if isinstance(cache, tuple) else cache.layers:
-        yield from layer[:2] if isinstance(layer, tuple) else (layer.keys, layer.values)
-
-
-def number_cache(cache: Any, number: int | None) -> None:
-    """Write on a layer's key-value cache which record it is of; a copy of it has the number too.
-
-    On layer 0's keys in 4.37, whose generate makes tuples of the cache; there it is gone once beams reorder them.
-    """
-    if hasattr(cache, "layers"):
-        cache.llava_prune_number = number
-    elif getattr(cache, "key_cache", None):
-        cache.key_cache[0].llava_prune_number = number
-
-
-def number_of_cache(cache: Any) -> int | None:
-    """What `number_cache` wrote, or None."""
-    numbered = cache if hasattr(cache, "layers") else cache[0][0]
-    return getattr(numbered, "llava_prune_number", None)
-
-
-def change_cache(cache: Any, layer: int, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace keys and values of one layer by what `change` makes of them; nothing to do without a cache.
-
-    Raises:
-        ValueError: the layer does not keep them as plain tensors.
-    """
-    if cache is None:
-        return
-    if hasattr(cache, "key_cache"):
-        cache.key_cache[layer], cache.value_cache[layer] = map(change, cache[layer])
-        return
-    held = cache.layers[layer]
-    if type(held).__name__ != "DynamicLayer":
-        raise ValueError(
-            f"a pruner before layer {layer} needs its keys and values as they are, and a {type(held).__name__} keeps "
-            "them otherwise: use the dynamic cache (leave cache_implementation unset), or prune from layer 1 on"
-        )
-    held.keys, held.values = change(held.keys), change(held.values)
-
-
-def check_cache(cache: Any) -> None:
-    """Raises ValueError for a cache of fixed length (5.x), which can not hold fewer rows in later layers."""
-    if getattr(cache, "is_compileable", False):
-        raise ValueError(
-            f"{type(cache).__name__} has a fixed length in every layer, pruning makes later layers shorter: use the "
-            "dynamic cache (leave cache_implementation unset), or prune_mode(model, 'origin')"
-        )
 
 
 def execution_device(layer: nn.Module) -> torch.device:
@@ -386,68 +312,6 @@ def queries_and_keys(layer: nn.Module, hidden_states: Tensor) -> tuple[Tensor, T
     return query, key
 
 
-def leave_accumulation_to_the_engine(engine: Any) -> None:
-    """accelerate 0.27 enters the engine's `no_sync` between accumulated micro-batches, which ZeRO-2 and 3 refuse.
-
-    The engine counts micro-batches itself; newer accelerate no longer asks.
-    """
-    engine.no_sync = nullcontext
-
-
-def exclude_frozen_parameters(engine: Any) -> None:
-    """Make a DeepSpeed engine write and expect trainable parameters only.
-
-    The Trainers ask for this for PEFT models alone (and 4.37 then fails to load). A non-strict load drops nothing
-    unseen: trainable weights come back from the optimizer's fp32 partitions, whose shapes are checked.
-    """
-    save, load = engine.save_checkpoint, engine.load_checkpoint
-
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        return save(*args, **{**kwargs, "exclude_frozen_parameters": True})
-
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        return load(*args, **{**kwargs, "load_module_strict": False})
-
-    # the Trainer asks the method's signature which arguments it takes
-    save_checkpoint.__signature__ = inspect.signature(save)
-    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
-
-
-def configure_cpu_ranks() -> bool:
-    """Tell accelerate of the process group of CPU ranks, which accelerate 1.x counts as one process under DeepSpeed.
-
-    It looks for GPUs alone unless it is told to leave them, and then it leaves DeepSpeed too.
-
-    Returns:
-        Whether there was a group to tell of; `TrainingArguments` then have to use the configured state.
-    """
-    import os
-
-    import torch.distributed as dist
-
-    if torch.cuda.is_available() or not dist.is_initialized():
-        return False
-    from accelerate import PartialState
-
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    try:
-        PartialState(backend=dist.get_backend())
-    finally:
-        del os.environ["ACCELERATE_USE_DEEPSPEED"]
-    return True
-
-
-def loading_numpy_random_state() -> AbstractContextManager:
-    """Let `torch.load` read a Trainer's RNG file: torch >= 2.6 loads weights only, 4.37 lists no numpy types."""
-    if not hasattr(torch.serialization, "safe_globals"):
-        return nullcontext()
-    import numpy as np
-
-    reconstruct = np.random.get_state()[1].__reduce__()[0]  # numpy.core or numpy._core, by version
-    types = [reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    return torch.serialization.safe_globals(types)
-
-
 def llava_image_processor_class() -> type:
     """LLaVA's image processor of 5.x; without torchvision its first name raises on use, the PIL one works."""
     import transformers
@@ -457,41 +321,3 @@ def llava_image_processor_class() -> type:
     except ImportError:
         return transformers.LlavaImageProcessorPil
     return transformers.LlavaImageProcessor
-
-
-@contextmanager
-def as_model_with_adapters(model: nn.Module) -> Iterator[None]:
-    """Within the block a quantised base passes as what it is here, a frozen model with trainable adapters.
-
-    The Trainers look for PEFT's own mark and refuse any other adapter on a 4- or 8-bit model; `PreTrainedModel.to`
-    refuses to be called on one, and DeepSpeed calls it, with the device it is on already. Under PEFT neither shows,
-    since PEFT's wrapper is the model that they see.
-    """
-    if not getattr(model, "is_quantized", False):
-        yield
-        return
-    names = ("_hf_peft_config_loaded", "to", "half", "float")
-    before = {name: model.__dict__[name] for name in names if name in model.__dict__}
-    model._hf_peft_config_loaded = True
-    for name in names[1:]:
-        setattr(model, name, MethodType(getattr(nn.Module, name), model))
-    try:
-        yield
-    finally:
-        for name in names:
-            model.__dict__.pop(name, None)
-        model.__dict__.update(before)
-
-
-def check_8bit_lora() -> None:
-    """Raises ValueError where LoRA can not adapt 8-bit layers: peft 0.9 copies a field that bitsandbytes dropped."""
-    import bitsandbytes
-    import peft
-
-    field = "memory_efficient_backward"
-    source = Path(peft.__file__).with_name("tuners") / "lora" / "bnb.py"
-    if field in source.read_text() and not hasattr(bitsandbytes.MatmulLtState(), field):
-        raise ValueError(
-            f"peft {peft.__version__} can not put LoRA on 8-bit layers of bitsandbytes {bitsandbytes.__version__}: "
-            "use --bits 4, train without LoRA, or install another pair of the two"
-        )

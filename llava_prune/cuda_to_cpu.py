@@ -11,7 +11,10 @@ _MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.half}
 
 
 class CudaToCpu(TorchFunctionMode):
-    """Within the block, tensors asked to go to 'cuda' stay on the CPU, and those asked to be fp16 become fp32: of the calling thread."""
+    """Within the block tensors asked to go to 'cuda' stay on the CPU, and those asked to be fp16 become fp32.
+
+    In the calling thread alone, as all torch function modes.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

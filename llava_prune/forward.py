@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compat
+from . import compat, compat_cache
 from .attention_masks import of_cached_rows, of_rows, with_bias, without_keys
 from .config import PruneConfig
 from .drop import Rows
@@ -118,7 +118,7 @@ class LayerForward:
         else:
             output = self._with_mask(call, record)
         if self.last:
-            compat.number_cache(compat.cache_of(call), record.number)
+            compat_cache.number_cache(compat_cache.cache_of(call), record.number)
         if self.index in self.state.feature_layers:
             record.features.setdefault(self.index, compat.hidden_states_of(output))
         return output
@@ -129,7 +129,7 @@ class LayerForward:
             self.eager
             or call.get("output_attentions")
             or call.get("use_cache")
-            or compat.cache_of(call) is not None
+            or compat_cache.cache_of(call) is not None
             or getattr(self.layer.self_attn, "attention_dropout", 0.0)
         )
         return self.layer.training and torch.is_grad_enabled() and not stock_alone
@@ -270,7 +270,8 @@ class LayerForward:
         output = self.original(**call)
         if self.index == 0 and not rows.complete(record.prefill_length):
             # the host counts positions by this layer's cache
-            compat.change_cache(compat.cache_of(call), 0, partial(rows.scatter, length=record.prefill_length))
+            scatter = partial(rows.scatter, length=record.prefill_length)
+            compat_cache.change_cache(compat_cache.cache_of(call), 0, scatter)
         wanted = self.index in self.state.feature_layers
         if (self.last or wanted) and not rows.complete(record.prefill_length):
             full = rows.scatter(compat.hidden_states_of(output), record.prefill_length)
@@ -348,7 +349,7 @@ class LayerForward:
         return record.attention_masks[self.segment]
 
     def _check_cache(self, call: dict[str, Any], record: ForwardRecord) -> None:
-        held = compat.cache_length(compat.cache_of(call), self.index)
+        held = compat_cache.cache_length(compat_cache.cache_of(call), self.index)
         new = record.full_length - record.prefill_length - call["hidden_states"].shape[1]
         expected = (record.rows[self.segment].positions.shape[1] if self.index else record.prefill_length) + new
         if held != expected:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compat
+from . import compat, compat_cache
 from .announce import announcing_prepare, forgetting_generate, merging_hook, refusing_contrastive_search
 from .announce_hf import announcing_forward, announcing_questions, refusing_pieces, requiring_outer
 from .budget import layer_counts
@@ -234,15 +234,15 @@ class PruneHandle:
         call = self._decoder_arguments(args, kwargs)
         inputs = call.get("inputs_embeds") if call.get("inputs_embeds") is not None else call.get("input_ids")
         batch, length = inputs.shape[:2]
-        cache = compat.cache_of(call)
-        cached = compat.cache_length(cache, 0)
+        cache = compat_cache.cache_of(call)
+        cached = compat_cache.cache_length(cache, 0)
         state, layout = self.state, self.state.layout_of(inputs)
         state.announced, state.prepared = None, layout or state.prepared
         if cached:
             self._continue(cache, cached, (batch, length), layout is not None and layout.has_vision)
             return
         state.record = None
-        compat.number_cache(cache, None)  # it may have been another prompt's, and emptied
+        compat_cache.number_cache(cache, None)  # it may have been another prompt's, and emptied
         if layout is None or not (layout.has_vision or decoder.training):
             return
         if layout.valid.shape[1] != length or batch % len(layout.valid):
@@ -251,7 +251,7 @@ class PruneHandle:
                 f"{(batch, length)}: call the model with what prepare_inputs_labels_for_multimodal returned last"
             )
         if state.mode in ("masked", "hard"):
-            compat.check_cache(cache)
+            compat_cache.check_cache(cache)
         if batch != len(layout.valid):
             layout = layout.repeat(batch // len(layout.valid))
         if state.mode != "origin":
@@ -285,9 +285,9 @@ class PruneHandle:
                 f"the latest pruned forward saw {len(record.layout.valid)} samples, this one goes on with {batch}: "
                 "samples of its cache can not be selected or repeated; prefill the whole prompt again, for those alone"
             )
-        number = compat.number_of_cache(cache)
+        number = compat_cache.number_of_cache(cache)
         foreign = number is not None and (record is None or number != record.number)
-        if foreign or not pruned and compat.cache_length(cache, self.num_layers - 1) != cached:
+        if foreign or not pruned and compat_cache.cache_length(cache, self.num_layers - 1) != cached:
             raise ValueError(
                 "the key-value cache is of a pruned prompt, and another was run: prefill the whole prompt again. "
                 "In classifier-free guidance (guidance_scale) two take turns: generate without it, or in "

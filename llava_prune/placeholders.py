@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compat import bind_arguments, cache_length, cache_of
+from .compat import bind_arguments
+from .compat_cache import cache_length, cache_of
 from .layout import IGNORE_INDEX
 from .state import PruneState
 

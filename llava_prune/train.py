@@ -140,7 +140,7 @@ def check_before_loading(module: Any) -> None:
     """Parse the command line and read the data before the model is loaded; raises ValueError."""
     import transformers
 
-    from .compat import check_8bit_lora
+    from .compat_training import check_8bit_lora
     from .data_check import check_training_data
 
     parser = transformers.HfArgumentParser((module.ModelArguments, module.DataArguments, module.TrainingArguments))

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import compat
+from . import compat_training
 from .checkpoint import gathered
 from .train import leave_process_group, training_arguments_class, use_cpu_where_there_is_no_gpu
 
@@ -47,7 +47,7 @@ def arguments_class() -> type:
         lora_dropout: float = field(default=0.05, metadata={"help": "dropout of LoRA"})
 
         def __post_init__(self) -> None:
-            if self.deepspeed and self.accelerator_config is None and compat.configure_cpu_ranks():
+            if self.deepspeed and self.accelerator_config is None and compat_training.configure_cpu_ranks():
                 self.accelerator_config = {"use_configured_state": True}
             super().__post_init__()
 

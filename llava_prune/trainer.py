@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import set_seed
 
-from . import compat
+from . import compat, compat_training
 from .adaptation import (
     check_same_baseline,
     check_same_pruners,
@@ -102,7 +102,7 @@ class PruneTrainerMixin:
             model.config.llava_prune_base = Path(args.output_dir).name
         _match_vision_dtype(model, args)
         self._image_token = compat.image_token(model)
-        with compat.as_model_with_adapters(model):
+        with compat_training.as_model_with_adapters(model):
             super().__init__(model=model, args=args, **kwargs)
         self.model_accepts_loss_kwargs = False  # transformers 5: the trainer divides by the accumulation steps
         self.adversary = None
@@ -143,7 +143,8 @@ class PruneTrainerMixin:
         loader = self.callback_handler.train_dataloader
         if loader is None:
             return 0
-        return self.state.global_step // compat.steps_per_epoch(len(loader), self.args.gradient_accumulation_steps)
+        accumulation = self.args.gradient_accumulation_steps
+        return self.state.global_step // compat_training.steps_per_epoch(len(loader), accumulation)
 
     # ---- one step
 
@@ -333,12 +334,12 @@ class PruneTrainerMixin:
         prepare = self.accelerator.prepare
 
         def prepare_and_bind(*args: Any, **kwargs: Any) -> Any:
-            with compat.as_model_with_adapters(self.model):
+            with compat_training.as_model_with_adapters(self.model):
                 prepared = prepare(*args, **kwargs)
             for item in prepared if isinstance(prepared, tuple) else (prepared,):
                 if hasattr(item, "save_checkpoint") and hasattr(item, "load_checkpoint"):
-                    compat.exclude_frozen_parameters(item)
-                    compat.leave_accumulation_to_the_engine(item)
+                    compat_training.exclude_frozen_parameters(item)
+                    compat_training.leave_accumulation_to_the_engine(item)
             return prepared
 
         self.accelerator.prepare = prepare_and_bind
@@ -431,7 +432,7 @@ class PruneTrainerMixin:
         self.prune_handle.state.keep_fractions = None if fractions is None else tuple(fractions)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with compat.loading_numpy_random_state():
+        with compat_training.loading_numpy_random_state():
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationMethod
 
-from llava_prune import compat
+from llava_prune import compat, compat_training
 
 
 def parameters(function):
@@ -88,7 +88,7 @@ def test_a_quantised_base_passes_only_within_the_block(llava):
     attributes = dict(llava.__dict__)
     with pytest.raises(ValueError, match="not supported"):
         llava.to("cpu")
-    with compat.as_model_with_adapters(llava):
+    with compat_training.as_model_with_adapters(llava):
         assert llava._hf_peft_config_loaded and llava.to("cpu") is llava
     assert llava.__dict__ == attributes
     with pytest.raises(ValueError, match="not supported"):
@@ -113,6 +113,6 @@ def test_lora_on_8bit_layers_is_refused_where_peft_would_fail_on_them(monkeypatc
     monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     if field == "another":
         with pytest.raises(ValueError, match="--bits 4"):
-            compat.check_8bit_lora()
+            compat_training.check_8bit_lora()
     else:
-        compat.check_8bit_lora()
+        compat_training.check_8bit_lora()

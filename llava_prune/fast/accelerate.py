@@ -18,7 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from .. import compat, compat_cache
 from ..decoder_layer import PLAIN
 from ..layout import SampleSize, TokenLayout, sizes_of
 from ..patch import PruneHandle, handle_of
@@ -140,7 +140,7 @@ class FastHandle:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward."""
         call = self._bind(args, kwargs)
-        cache = compat.cache_of(call)
+        cache = compat_cache.cache_of(call)
         if isinstance(cache, self._cache_class):
             with _ordinary_tensors():
                 return self._decode(call, cache)
@@ -170,7 +170,7 @@ class FastHandle:
         use_cache = call.get("use_cache")
         if not (self.decoder.config.use_cache if use_cache is None else use_cache) or torch.is_grad_enabled():
             return False
-        if compat.cache_length(cache, 0):
+        if compat_cache.cache_length(cache, 0):
             return False
         return prune is None or prune.state.record is None or prune.state.record.mode in ("origin", "hard")
 

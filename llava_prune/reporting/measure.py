@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import compat
+from .. import compat, compat_cache
 from ..patch import PruneHandle, prune_mode
 from ..report import Report, computed_tokens, last_report
 
@@ -68,7 +68,7 @@ class Clock:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes that a key-value cache holds in memory, each storage once."""
-    storages = [tensor.untyped_storage() for tensor in compat.cache_tensors(cache)]
+    storages = [tensor.untyped_storage() for tensor in compat_cache.cache_tensors(cache)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

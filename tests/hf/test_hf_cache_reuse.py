@@ -10,7 +10,7 @@ from tiny_hf import IMAGE_TOKEN, batch_of, randomise_pruners, tiny
 
 from llava_prune import accelerate, attach_pruners, prune_mode
 from llava_prune.baselines import attach_baseline
-from llava_prune.compat import change_cache
+from llava_prune.compat_cache import change_cache
 from llava_prune.integrations.arguments import DEFAULTS, KeptTokens
 from llava_prune.patch import find_handle
 from llava_prune.sidecar import read_sidecar
