@@ -23,14 +23,13 @@ from .adaptation import (
     drawn_budget,
     kept_metrics,
     save_baseline,
-    without_adapters,
 )
 from .adversary import Adversary
 from .baselines import attach_baseline
 from .checkpoint import base_identity, pruner_state_dict, read_description, read_weights, save_pruners, start_from
 from .config import PruneConfig
 from .guards import check_guards
-from .guidance import guidance_of, guided_pass, lessons_of, mean_guidance
+from .guidance import guidance_of, lessons_of, mean_guidance
 from .layout import IGNORE_INDEX, gather_rows, padded_index
 from .losses import kl_loss, mean_var_loss, mse_loss
 from .objective import budget_terms
@@ -49,6 +48,7 @@ from .schedules import ScheduleValues, schedule
 from .soft_attention import check_compilable
 from .state import ForwardRecord
 from .turns import supervise_one_turn
+from .unpruned import UnprunedPass
 
 ADVERSARY_FILE = "adversary.pt"
 
@@ -113,6 +113,7 @@ class PruneTrainerMixin:
         self._features: tuple[list[Tensor], list[Tensor], Tensor, Tensor] | None = None
         self._replay = Replay(self.prune.guidance_memory) if self.prune.guidance_replays else None
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
+        self._unpruned = UnprunedPass(self.model, self.prune_handle, self.lora)
         samples = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         self._training = {"seed": args.seed, "base_model": base, "samples": samples}
         self._adapt_engine_once_made()
@@ -216,34 +217,6 @@ class PruneTrainerMixin:
         self._note({name: torch.tensor(value) for name, value in eased.items()})
         return (loss, outputs) if return_outputs else loss
 
-    def _unpruned(
-        self, record: ForwardRecord, inputs: dict[str, Any]
-    ) -> tuple[dict[int, Tensor], Tensor, dict[int, Tensor]]:
-        """The unpruned pass: (B, T, hidden_size) by feature layer, the text's places (B, S) in them, the guidance."""
-        handle, state = self.prune_handle, self.prune_handle.state
-        features, shares = {}, {}
-        of_this_model = not self.lora and handle.pruners.merger is None
-        if state.guided:
-            head, layers = self.model.get_output_embeddings(), self.prune.pruning_layers
-            read = state.feature_layers if of_this_model else ()
-            unpruned = guided_pass(handle.decoder, head, record, layers, read, self.prune.compile_layers)
-            features, shares = unpruned.features, unpruned.shares
-        elif of_this_model:
-            features = handle.unpruned_features(record)
-        if state.feature_layers and not of_this_model:
-            return *self._features_as_they_were(record, inputs), shares
-        return features, padded_index(record.layout.text_after_image)[0], shares
-
-    def _features_as_they_were(
-        self, record: ForwardRecord, inputs: dict[str, Any]
-    ) -> tuple[dict[int, Tensor], Tensor]:
-        """Those of the base without its adapter, which else could make real and fake alike by changing the real."""
-        with without_adapters(self.model):
-            if self.prune_handle.pruners.merger is not None or self.prune.pruning_layers[0] > 0:
-                return self._features_from_the_start(inputs)
-            index, _ = padded_index(record.layout.text_after_image)
-            return self.prune_handle.unpruned_features(record), index
-
     def _guidance_alone(self, record: ForwardRecord) -> Tensor:
         """Guidance of every pruner on the unpruned pass, by what enters its layer there, and on earlier passes."""
         handle = self.prune_handle
@@ -276,19 +249,6 @@ class PruneTrainerMixin:
         weights = (record.layout.vision_counts > 0).float()
         self._features = (real, [x.detach() for x in fake], mask, weights)
         return self.adversary.generator_loss(real, fake, mask, weights)
-
-    @torch.no_grad()
-    def _features_from_the_start(self, inputs: dict[str, Any]) -> tuple[dict[int, Tensor], Tensor]:
-        """By the stock pass, where there is no shared prefix to restart from."""
-        state = self.prune_handle.state
-        fake_record = state.record
-        with prune_mode(self.model, "origin"):
-            state.stock_features = {}
-            self.model(**inputs, use_cache=False)
-            features, state.stock_features = state.stock_features, None
-        index, _ = padded_index(state.record.layout.text_after_image)
-        state.record = fake_record
-        return features, index
 
     def _train_adversary(self) -> None:
         if self._features is not None:
