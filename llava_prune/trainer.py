@@ -321,7 +321,7 @@ class PruneTrainerMixin:
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except _Finished:
-            result = None
+            result, self.is_in_train = None, False  # as the host leaves its loop
         self._save_pruners(self.args.output_dir)
         # LLaVA's LoRA saving collects whatever is trainable; the pruners have a file of their own
         self.prune_handle.pruners.requires_grad_(False)
