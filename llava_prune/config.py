@@ -51,7 +51,8 @@ class PruneConfig:
     )
     layer_shares: tuple[float, ...] | None = _field(
         None,
-        "tokens of pruning layers relative to each other at exact budgets; default as learned by threshold, or equal",
+        "tokens of pruning layers relative to each other at exact budgets, unless a threshold learned others; "
+        "default equal",
     )
     threshold: float = _field(0.5, "keep probability above which a token is kept in masked and hard mode")
     min_keep: int = _field(1, "vision tokens that every pruning layer keeps at least, per sample")

@@ -90,7 +90,7 @@ class PruneHandle:
         average = self.state.target_token_num or config.target_token_num
         average = (1 - config.target_sparsity) * tokens if average is None else average * images
         average = tokens + (average - tokens) * self.state.target_ease
-        shares = config.layer_shares or self.state.keep_fractions
+        shares = self.state.keep_fractions or config.layer_shares
         settings = (config.pruning_layers, self.num_layers, shares, config.min_keep)
         return layer_counts(tokens, average, *settings)
 

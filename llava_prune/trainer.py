@@ -74,7 +74,8 @@ class PruneTrainerMixin:
         set_seed(args.seed)  # the host seeds later than the pruners are made
         self.prune_handle = _attach(model, self.prune, args.prune_baseline)
         self.has_pruners = args.prune_baseline is None
-        if self.prune.train_pruners and self.prune_handle.vision_tokens is not None:
+        by_masks = self.prune.train_pruners and self.prune.guidance_only_ratio < 1  # guidance alone has no target
+        if by_masks and self.prune_handle.vision_tokens is not None:
             self.prune.check_prunes(self.prune_handle.vision_tokens)
         if (args.bf16 or args.fp16) and not args.deepspeed:
             # DeepSpeed keeps fp32 copies of what it trains; without it small steps would be rounded away

@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import tiny_llava
 
-from llava_prune import PruneConfig, attach_pruners, detach_pruners, load_pruners, save_pruners
+from llava_prune import PruneConfig
 from llava_prune.budget import average_of, layer_counts
 from llava_prune.masks import select_best
 
@@ -50,22 +49,6 @@ def test_layers_share_as_in_training():
     assert layer_counts(576, 192, (6, 12, 18), 32, (0.5, 0.25, 0.125)) == (215, 107, 54)
     counts = layer_counts(100, 40, (2, 4), 8, (0.6, 0.1))
     assert counts == (46, 7) and average_of(counts, 100, (2, 4), 8) == 40
-
-
-def test_shares_that_are_set_win_over_those_of_a_threshold(tower_folder, tmp_path):
-    """Pruners of a threshold share an exact budget as they did in training, unless `layer_shares` says how."""
-    config = {"pruning_layers": (1, 3, 5), "pruner_dim": 16, "target_token_num": 8}
-    model = tiny_llava(tower_folder)
-    budgets = {}
-    for shares in (None, (8.0, 4.0, 1.0)):
-        attach_pruners(model, PruneConfig(**config, layer_shares=shares)).state.keep_fractions = (0.5, 0.49, 0.48)
-        save_pruners(model, tmp_path)
-        detach_pruners(model)
-        with load_pruners(model, tmp_path, average_tokens=7) as handle:
-            budgets[shares] = handle.layer_budget(16, 1)
-            depth = handle.num_layers
-    assert budgets[None] == layer_counts(16, 7, (1, 3, 5), depth, (0.5, 0.49, 0.48))
-    assert budgets[8.0, 4.0, 1.0] == layer_counts(16, 7, (1, 3, 5), depth, (8.0, 4.0, 1.0)) != budgets[None]
 
 
 def test_a_budget_under_the_floor_is_refused_with_the_floor():
