@@ -40,13 +40,14 @@ def save_training(directory: str, training: dict[str, Any]) -> None:
 
 def check_same_training(checkpoint: str, training: dict[str, Any]) -> None:
     """Raises ValueError where a checkpoint is of a training with another seed, base or number of samples."""
-    path = Path(checkpoint) / TRAINING_FILE
-    written = json.loads(path.read_text()) if path.is_file() else {}
+    path, advice = Path(checkpoint) / TRAINING_FILE, "use another output_dir, or remove the checkpoints to train anew"
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} has no {TRAINING_FILE}, which says of what training it is: {advice}")
+    written = json.loads(path.read_text())
     for name, now in training.items():
         if written.get(name) != now:
             raise ValueError(
-                f"{checkpoint} is of another training, with {name} {written.get(name)!r} and not {now!r}: use another "
-                "output_dir, or remove the checkpoints to train anew"
+                f"{checkpoint} is of another training, with {name} {written.get(name)!r} and not {now!r}: {advice}"
             )
 
 

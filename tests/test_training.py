@@ -145,6 +145,9 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_with(testbed, tmp_path)
     fewer = write_data(tmp_path / "fewer", testbed, samples[:8])
     with pytest.raises(AssertionError, match=f"another training, with samples {len(samples)} and not 8"):
         train(testbed, tmp_path / "out", steps=2, data_path=fewer / "train.json", **flags)
+    (tmp_path / "out" / "checkpoint-2" / "prune_training.json").unlink()
+    with pytest.raises(AssertionError, match="checkpoint-2 has no prune_training.json"):
+        train(testbed, tmp_path / "out", steps=2, **flags)
     with pytest.raises(AssertionError, match="give its folder that name"):
         train(testbed, tmp_path / "new", steps=1, model_name_or_path=other, prune_start=tmp_path / "out", **flags)
 
